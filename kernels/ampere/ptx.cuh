@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One instruction per function, named after the PTX ISA section it wraps. sm_80 and later. Knows nothing of attention.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace flash_models::ptx {
+
+// Address of the dynamic shared memory of this launch, in the shared state space.
+__device__ __forceinline__ uint32_t dynamic_shared() {
+  extern __shared__ __align__(128) uint8_t shared[];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// "Data Movement: cp.async". Copies 16 bytes global -> shared, or writes 16 zero bytes when !valid (src-size 0).
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// "Warp-level Matrix Load Instruction: ldmatrix". Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 address matrix i.
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+
+// "Warp-level Matrix Transpose Instruction: movmatrix". One 8x8 matrix of 16-bit elements spread over the warp.
+__device__ __forceinline__ uint32_t movmatrix_transposed(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// "Matrix Fragments for mma.m16n8k16 with floating point type". d (16x8, fp32) += a (16x16) * b (16x8).
+template <typename T>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// "ex2.approx.ftz.f32": 2^x, +0 for -inf.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Adds one accumulator fragment (4 floats per lane) to 512 bytes of global memory that belong to this fragment alone.
+// "Parallel Synchronization: red", the vector form needs sm_90. Which lane owns which float is private to the two
+// functions below; both orders are coalesced.
+__device__ __forceinline__ void red_add_fragment(float* fragment, int lane, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(fragment + 4 * lane), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+               "f"(x[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) atomicAdd(fragment + 32 * i + lane, x[i]);
+#endif
+}
+
+__device__ __forceinline__ void load_fragment(const float* fragment, int lane, float (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#if __CUDA_ARCH__ >= 900
+    x[i] = fragment[4 * lane + i];
+#else
+    x[i] = fragment[32 * i + lane];
+#endif
+  }
+}
+
+}  // namespace flash_models::ptx

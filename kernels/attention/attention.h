@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a backend receives: plain pointers, strides and sizes, already checked by op.cpp. No torch type crosses this line.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_models {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// A (batch, seq, head, dim) tensor with unit stride in dim. Strides count elements. Packed sequences have batch stride 0
+// and are addressed through cu_seqlens. Offsets are 64-bit: B * S * H * D passes 2^31 at 64K tokens.
+struct View {
+  void* data = nullptr;
+  int64_t batch = 0;
+  int64_t seq = 0;
+  int64_t head = 0;
+};
+
+// Compressed rows: line i of head h lists index[start[h * head_stride + i]] .. index[start[h * head_stride + i + 1] - 1],
+// ascending block numbers. head_stride is 0 when all heads share one list.
+struct BlockLists {
+  const int32_t* start = nullptr;
+  const int32_t* index = nullptr;
+  int64_t head_stride = 0;
+};
+
+struct AttentionProblem {
+  View q, k, v, out;
+  float* lse = nullptr;  // (B, H, Sq), or (H, Tq) when packed; natural logarithm, -inf where a row has no key
+
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t head_dim = 0;
+  int64_t seqlen_q = 0;  // longest sequence when packed
+  int64_t seqlen_k = 0;
+  int64_t total_q = 0;  // tokens in q: B * Sq, or Tq when packed
+  int64_t total_k = 0;
+
+  const int32_t* cu_seqlens_q = nullptr;  // (B + 1), both or none
+  const int32_t* cu_seqlens_k = nullptr;
+  const int32_t* kv_range = nullptr;  // (B, 2): first and one-past-last valid key
+
+  BlockLists rows;     // key blocks of each query block; rows.start == nullptr means dense
+  BlockLists columns;  // query blocks of each key block
+  int64_t block_size = 0;
+
+  const int64_t* rng_state = nullptr;  // (2): seed, offset; nullptr without dropout
+  uint32_t dropout_threshold = 0;      // a byte below it is dropped
+  float keep_scale = 1.0f;             // 256 / (256 - dropout_threshold)
+
+  float scale = 1.0f;
+  bool causal = false;
+  bool deterministic = false;
+  DType dtype = DType::kFloat32;
+  void* stream = nullptr;  // cudaStream_t
+};
+
+// The backward pass also reads p.out and p.lse.
+struct AttentionGradients {
+  View dout, dq, dk, dv;
+  float* delta = nullptr;     // (B, H, Sq) or (H, Tq) scratch: rowsum(dout * out)
+  float* dq_sum = nullptr;    // scratch, zeroed, dq_sum_size_*() floats; nullptr when that is 0
+};
+
+// One sequence of the batch, as both backends see it.
+struct Sequence {
+  int64_t q_begin = 0, k_begin = 0;  // first token in the packed tensors, 0 otherwise
+  int64_t q_len = 0, k_len = 0;
+  int64_t key_lo = 0, key_hi = 0;  // valid keys [key_lo, key_hi)
+};
+
+void attention_fwd_cpu(const AttentionProblem& p);
+void attention_bwd_cpu(const AttentionProblem& p, const AttentionGradients& g);
+void attention_fwd_cuda(const AttentionProblem& p);
+void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g);
+void attention_bwd_dq_cuda(const AttentionProblem& p, const AttentionGradients& g);  // its deterministic dq, after delta
+
+// Floats of scratch that the backward pass adds dq up in, across CTAs: none on the CPU and in deterministic mode.
+int64_t dq_sum_size_cpu(const AttentionProblem& p);
+int64_t dq_sum_size_cuda(const AttentionProblem& p);
+
+// torch's intra-op thread pool: fn(begin, end) over [0, n) in chunks of at least `grain`. Defined in op.cpp.
+void parallel_for(int64_t n, int64_t grain, void (*fn)(void* context, int64_t begin, int64_t end), void* context);
+
+}  // namespace flash_models

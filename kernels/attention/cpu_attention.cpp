@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CPU backend: resolves each head, picks the kernels for this processor and deals tiles out to the threads.
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "attention.h"
+#include "cpu_head.h"
+#include "sequence.h"
+
+namespace flash_models {
+namespace {
+
+const CpuKernels& kernels() {
+#ifdef __x86_64__
+  static const CpuKernels& best = __builtin_cpu_supports("x86-64-v4")   ? avx512::kernels
+                                  : __builtin_cpu_supports("x86-64-v3") ? avx2::kernels
+                                                                        : baseline::kernels;
+  return best;
+#else
+  return baseline::kernels;
+#endif
+}
+
+Matrix matrix(const AttentionProblem& p, const View& v, int64_t offset) {
+  const int64_t element_bytes = p.dtype == DType::kFloat32 ? 4 : 2;
+  return {static_cast<char*>(v.data) + offset * element_bytes, v.seq};
+}
+
+BlockList list_of(const BlockLists& lists, int64_t head) {
+  return {lists.start == nullptr ? nullptr : lists.start + head * lists.head_stride, lists.index};
+}
+
+Head make_head(const AttentionProblem& p, const AttentionGradients* g, int64_t batch_head) {
+  const int64_t batch = batch_head / p.heads, index = batch_head % p.heads;
+  const Sequence s = sequence_of(p, batch);
+  const auto queries = [&](const View& v) { return matrix(p, v, query_offset(v, s, batch, index)); };
+  const auto keys = [&](const View& v) { return matrix(p, v, key_offset(v, s, batch, index)); };
+
+  Head h;
+  h.q = queries(p.q), h.k = keys(p.k), h.v = keys(p.v), h.out = queries(p.out);
+  h.lse = p.lse + lse_offset(p, s, batch, index);
+  if (g != nullptr) {
+    h.dout = queries(g->dout), h.dq = queries(g->dq), h.dk = keys(g->dk), h.dv = keys(g->dv);
+    h.delta = g->delta + lse_offset(p, s, batch, index);
+  }
+  h.dtype = p.dtype;
+  h.head_dim = static_cast<int>(p.head_dim);
+  h.scale = p.scale;
+  h.q_len = s.q_len, h.k_len = s.k_len, h.key_lo = s.key_lo, h.key_hi = s.key_hi;
+  h.reach = p.causal ? s.k_len - s.q_len : s.k_len;
+  h.rows = list_of(p.rows, index), h.columns = list_of(p.columns, index);
+  h.block_size = p.block_size;
+  h.batch_head = batch_head;
+  h.rng_state = p.rng_state, h.dropout_threshold = p.dropout_threshold, h.keep_scale = p.keep_scale;
+  return h;
+}
+
+struct Work {
+  const AttentionProblem& problem;
+  const AttentionGradients* gradients;
+  TileKernel kernel;
+  int64_t tiles_per_head;
+  bool last_tile_first;
+  std::atomic<int64_t> next{0};
+
+  int64_t size() const { return problem.batch * problem.heads * tiles_per_head; }
+
+  void run() {
+    constexpr std::align_val_t kAlignment{64};
+    const auto release = [](void* p) { ::operator delete(p, kAlignment); };
+    const std::unique_ptr<void, decltype(release)> workspace(
+        ::operator new(static_cast<size_t>(kernels().workspace_bytes), kAlignment), release);
+    for (int64_t task = next++; task < size(); task = next++) {
+      const Head head = make_head(problem, gradients, task / tiles_per_head);
+      const int64_t tile = task % tiles_per_head;
+      kernel(head, last_tile_first ? tiles_per_head - 1 - tile : tile, workspace.get());
+    }
+  }
+};
+
+// Tiles cost very different amounts (causal, packed, block-sparse), so the threads take the next one from a counter
+// instead of keeping to their share of the range. Whoever computes it, a tile's result is the same.
+void run_tiles(Work& work) {
+  parallel_for(work.size(), 1, [](void* context, int64_t, int64_t) { static_cast<Work*>(context)->run(); }, &work);
+}
+
+int64_t tiles_of(int64_t seqlen) { return (seqlen + kernels().tile - 1) / kernels().tile; }
+
+}  // namespace
+
+// With a causal mask the last queries see the most keys, and the first keys are seen by the most queries: the longest
+// tiles of a head go first.
+void attention_fwd_cpu(const AttentionProblem& p) {
+  Work work{p, nullptr, kernels().forward, tiles_of(p.seqlen_q), true};
+  run_tiles(work);
+}
+
+void attention_bwd_cpu(const AttentionProblem& p, const AttentionGradients& g) {
+  Work queries{p, &g, kernels().backward_queries, tiles_of(p.seqlen_q), true};
+  run_tiles(queries);
+  Work keys{p, &g, kernels().backward_keys, tiles_of(p.seqlen_k), false};
+  run_tiles(keys);
+}
+
+int64_t dq_sum_size_cpu(const AttentionProblem&) { return 0; }
+
+}  // namespace flash_models

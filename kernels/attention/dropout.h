@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Counter-based dropout: whether (row, col) is kept depends on the seed, the batch, the head, the row and the column alone,
+// so forward, backward, every tile shape, CPU and CUDA draw the same mask. Philox4x32 (Salmon et al., SC 2011) with 7
+// rounds, the fewest that pass BigCrush. One call serves 16 elements: those that one lane holds of a 16 x 32 patch in the
+// accumulator layout of mma.m16n8 (PTX ISA, "Matrix fragments for mma.m16n8k16").
+#pragma once
+
+#include <cstdint>
+
+#include "sequence.h"
+
+namespace flash_models {
+
+struct Philox {
+  uint32_t word[4];
+};
+
+FM_HOST_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((uint64_t{a} * b) >> 32); }
+
+FM_HOST_DEVICE Philox philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int round = 0; round < 7; ++round) {
+    const uint32_t hi0 = mul_hi(0xD2511F53u, c0), lo0 = 0xD2511F53u * c0;
+    const uint32_t hi1 = mul_hi(0xCD9E8D57u, c2), lo1 = 0xCD9E8D57u * c2;
+    c0 = hi1 ^ c1 ^ key0;
+    c1 = lo1;
+    c2 = hi0 ^ c3 ^ key1;
+    c3 = lo0;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The 16 bytes of one lane's share of the patch (row / 16, col / 32).
+FM_HOST_DEVICE Philox dropout_patch(const int64_t* rng_state, int64_t batch_head, int64_t row_patch, int64_t col_patch, int lane) {
+  return philox(static_cast<uint64_t>(rng_state[0]), static_cast<uint32_t>(col_patch * 32 + lane),
+                static_cast<uint32_t>(row_patch), static_cast<uint32_t>(batch_head), static_cast<uint32_t>(rng_state[1]));
+}
+
+FM_HOST_DEVICE int dropout_lane(int64_t row, int64_t col) { return static_cast<int>((row % 8) * 4 + (col % 8) / 2); }
+
+// Byte of element (row, col) in its lane's share.
+FM_HOST_DEVICE uint32_t dropout_byte(const Philox& bytes, int64_t row, int64_t col) {
+  const int byte = static_cast<int>(((col % 32) / 8) * 4 + ((row % 16) / 8) * 2 + col % 2);
+  return (bytes.word[byte / 4] >> (8 * (byte % 4))) & 0xFFu;
+}
+
+}  // namespace flash_models

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A CUDA thread block on one CPU thread: every CUDA thread is a fiber (ucontext) that runs until it meets others. Enough
+// of CUDA C++ to run the kernels of kernels/attention unchanged, so that their indexing, masks, pipelines and barriers can
+// be tested where there is no GPU. It finds wrong addresses, missing waits and deadlocks; it does not find every race,
+// since fibers switch only where they meet, and it says nothing about speed.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <vector>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+namespace emulation {
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(256 << 10);
+  bool done = false;
+};
+
+// Threads that wait for each other: a block or a warp.
+struct Meeting {
+  int expected = 0, arrived = 0;
+  uint64_t round = 0;
+};
+
+constexpr int kMaxThreads = 256;
+inline ucontext_t scheduler;
+inline std::vector<Fiber> fibers(kMaxThreads);
+inline int thread = 0, block = 0;
+inline std::function<void()> body;
+inline Meeting block_meeting, warp_meeting[kMaxThreads / 32];
+alignas(128) inline char shared_memory[256 << 10];
+
+inline void wait_for_all(Meeting& meeting, const std::function<void()>& last_one = nullptr) {
+  const uint64_t round = meeting.round;
+  if (++meeting.arrived == meeting.expected) {
+    if (last_one) last_one();
+    meeting.arrived = 0;
+    ++meeting.round;
+  } else {
+    while (meeting.round == round) swapcontext(&fibers[thread].context, &scheduler);
+  }
+}
+
+// One warp-wide instruction: `act` sees the operands of all lanes and fills in all results.
+template <typename In, typename Out, typename Act>
+Out warp_instruction(const In& in, Act act) {
+  static In operands[kMaxThreads / 32][32];
+  static Out results[kMaxThreads / 32][32];
+  const int warp = thread / 32, lane = thread % 32;
+  operands[warp][lane] = in;
+  wait_for_all(warp_meeting[warp], [&] { act(operands[warp], results[warp]); });
+  const Out out = results[warp][lane];
+  wait_for_all(warp_meeting[warp]);  // before anyone's next instruction of this kind overwrites the results
+  return out;
+}
+
+inline void run_thread() {
+  body();
+  fibers[thread].done = true;
+  swapcontext(&fibers[thread].context, &scheduler);
+}
+
+inline void run_block(int threads) {
+  block_meeting = {threads};
+  for (Meeting& meeting : warp_meeting) meeting = {32};
+  std::memset(shared_memory, 0xFF, sizeof(shared_memory));  // NaN in every type: what nobody wrote must not be read
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = fibers[t];
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    makecontext(&fiber.context, run_thread, 0);
+  }
+  for (bool live = true; live;) {
+    live = false;
+    for (thread = 0; thread < threads; ++thread) {
+      if (fibers[thread].done) continue;
+      swapcontext(&scheduler, &fibers[thread].context);
+      live = live || !fibers[thread].done;
+    }
+  }
+}
+
+struct Index {
+  int x;
+};
+
+}  // namespace emulation
+
+#define threadIdx (emulation::Index{emulation::thread})
+#define blockIdx (emulation::Index{emulation::block})
+
+using std::max;
+using std::min;
+
+inline void __syncthreads() { emulation::wait_for_all(emulation::block_meeting); }
+inline void __syncwarp() { emulation::wait_for_all(emulation::warp_meeting[emulation::thread / 32]); }
+
+inline float __shfl_xor_sync(unsigned, float x, int mask) {
+  return emulation::warp_instruction<float, float>(x, [mask](const float* in, float* out) {
+    for (int lane = 0; lane < 32; ++lane) out[lane] = in[lane ^ mask];
+  });
+}
+
+inline uint32_t __vcmpgeu4(uint32_t a, uint32_t b) {
+  uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 8)
+    if ((a >> shift & 0xFF) >= (b >> shift & 0xFF)) result |= 0xFFu << shift;
+  return result;
+}
+
+inline float __log2f(float x) { return std::log2(x); }
+
+inline void* __cvta_shared_to_generic(uint32_t address) {
+  if (address >= sizeof(emulation::shared_memory)) throw std::runtime_error("shared memory address out of range");
+  return emulation::shared_memory + address;
+}

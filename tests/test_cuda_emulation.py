@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The portable CUDA kernels, run on the CPU by `tests/emulation`, against the reference in float64.
+
+Where there is no GPU this is what stands between an edit of a kernel and a wrong result: the sources are compiled as C++
+with `ptx.cuh` and `launch.cuh` exchanged, nothing else. Registered as `emulated::attention_fwd` / `_bwd`.
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash_models.layouts import from_block_mask
+from flash_models.reference import attention_reference
+
+ROOT = Path(__file__).parents[1]
+CUDA_INCLUDE = next(
+    (p for p in (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include",) if (p / "cuda_bf16.h").exists()), None
+)
+pytestmark = pytest.mark.skipif(
+    CUDA_INCLUDE is None or shutil.which("g++") is None, reason="needs g++ and the headers of a CUDA toolkit"
+)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The emulated ops, compiled from the kernels as they are now."""
+    folder = tmp_path_factory.mktemp("emulated")
+    torch_dir = Path(torch.__file__).parent
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-w", "-x", "c++", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command += [f"-D{name}_cpu={name}_cuda" for name in ("attention_fwd", "attention_bwd", "dq_sum_size")]
+    command += ["-Dflash_models=emulated"]
+    command += [f"-I{p}" for p in (ROOT / "tests/emulation", ROOT / "kernels", CUDA_INCLUDE, torch_dir / "include")]
+
+    def compile_one(source):
+        target = folder / f"{source}.o"
+        subprocess.run([*command, "-c", ROOT / "kernels/attention" / source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, ("fwd_sm80.cu", "bwd_sm80.cu", "bwd_dq_sm80.cu", "op.cpp")))
+    library = folder / "emulated.so"
+    link = [f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    subprocess.run(["g++", "-shared", "-o", library, *objects, *link], check=True)
+    torch.ops.load_library(library)
+    return torch.ops.emulated
+
+
+CASES = {
+    "full": {},
+    "one-token": {"seqlens": (1, 1)},
+    "short": {"seqlens": (70, 3)},
+    "causal": {"causal": True},
+    "causal-long-q": {"causal": True, "seqlens": (150, 70)},
+    "kv-range": {"kv_range": [[5, 70], [9, 9]], "causal": True},
+    "block-64": {"block_size": 64},
+    "block-128-heads": {"block_size": 128, "heads": 2, "seqlens": (203, 257)},
+    "block-64-heads-causal": {"block_size": 64, "heads": 2, "causal": True},
+    "varlen": {"cu_seqlens": ([0, 65, 65, 100], [0, 31, 100, 170])},
+    "varlen-causal-block-64": {"cu_seqlens": ([0, 65, 65, 100], [0, 90, 100, 170]), "causal": True, "block_size": 64},
+    "dropout": {"dropout_p": 0.3},
+    "dropout-block-64-kv-range": {"dropout_p": 0.2, "block_size": 64, "kv_range": [[0, 70], [40, 101]]},
+    "deterministic": {"deterministic": True},
+    "deterministic-dropout-causal-block-128": {"deterministic": True, "dropout_p": 0.2, "block_size": 128, "causal": True},
+}
+
+
+@pytest.mark.parametrize("head_dim, dtype", [(16, torch.bfloat16), (64, torch.bfloat16), (80, torch.float16), (128, torch.bfloat16)])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_match_reference(emulated, case, head_dim, dtype):
+    options = dict(CASES[case])
+    if head_dim != 64 and case in ("block-64-heads-causal", "varlen-causal-block-64", "dropout-block-64-kv-range"):
+        pytest.skip("the walk over tiles does not depend on the head dimension")
+    seqlen_q, seqlen_k = options.pop("seqlens", (97, 101))
+    deterministic, block_size = options.pop("deterministic", False), options.pop("block_size", 0)
+    heads, dropout_p, causal = options.pop("heads", 1), options.pop("dropout_p", 0.0), options.pop("causal", False)
+    cu = [torch.tensor(c, dtype=torch.int32) for c in options.pop("cu_seqlens", ())]
+    kv_range = torch.tensor(options["kv_range"], dtype=torch.int32) if "kv_range" in options else None
+    batch = 1 if kv_range is None else 2
+    generator = torch.Generator().manual_seed(len(case) + head_dim)
+    if cu:
+        shapes = [(int(c[-1]), heads, head_dim) for c in (cu[0], cu[1], cu[1], cu[0])]
+        seqlen_q, seqlen_k = (int(c.diff().max()) for c in cu)
+    else:
+        shapes = [(batch, n, heads, head_dim) for n in (seqlen_q, seqlen_k, seqlen_k, seqlen_q)]
+    q, k, v, dout = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
+    layout, lists = None, (None,) * 4
+    if block_size:
+        blocks = torch.rand(heads, -(-seqlen_q // block_size), -(-seqlen_k // block_size), generator=generator) < 0.6
+        layout = from_block_mask(blocks, seqlen_q, seqlen_k, block_size)
+        lists = (layout.row_start, layout.row_index, layout.col_start, layout.col_index)
+    rng_state = torch.tensor([2**60 + 7, 3]) if dropout_p else None
+    scale = head_dim**-0.5
+    arguments = (kv_range, *(cu or (None, None)), seqlen_q, seqlen_k, *lists, block_size, rng_state, dropout_p, scale, causal)
+
+    out, lse = emulated.attention_fwd(q, k, v, *arguments, deterministic)
+    gradients = emulated.attention_bwd(dout, out, lse, q, k, v, *arguments, deterministic)
+
+    inputs = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = attention_reference(
+        *inputs,
+        causal=causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
+        kv_range=kv_range,
+        cu_seqlens_q=cu[0] if cu else None,
+        cu_seqlens_k=cu[1] if cu else None,
+        layout=layout,
+    )
+    expected_gradients = torch.autograd.grad(expected, inputs, dout.double())
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+    eps = torch.finfo(dtype).eps
+    for name, got, want in zip(("out", "dq", "dk", "dv"), (out, *gradients), (expected, *expected_gradients), strict=True):
+        # Rounding P, dS and the result to 16 bits: each a relative eps / 2 of terms that add up like a random walk.
+        error = (got.double() - want).norm() / (want.norm() + want.numel() ** 0.5 * 0.1)
+        assert error < 2 * eps, f"{name}: relative error {error:.2e}, expected below {2 * eps:.2e}"
