@@ -11,13 +11,13 @@ namespace flash_models {
 
 struct Tiles {
   const int32_t* list = nullptr;  // block numbers; nullptr lists the whole range
-  int per_block = 1;              // tiles in a block
+  int per_block_log2 = 0;         // tiles in a block: 1, 2 or 4
   int lo = 0, hi = 0;             // tile range
   int count = 0;                  // positions to walk
 
   // Tile at a position. Positions of a list may name tiles outside the range; next() steps over them.
   __device__ __forceinline__ int tile(int position) const {
-    return list == nullptr ? lo + position : list[position / per_block] * per_block + position % per_block;
+    return list == nullptr ? lo + position : (list[position >> per_block_log2] << per_block_log2) + (position & ((1 << per_block_log2) - 1));
   }
 
   // First position from `position` on that is to be visited, or >= count.
@@ -36,9 +36,9 @@ __device__ __forceinline__ Tiles tiles_of(const BlockLists& lists, int64_t block
   t.count = t.hi - t.lo;
   if (lists.start != nullptr) {
     const int32_t* start = lists.start + head * lists.head_stride + token / static_cast<int>(block_size);
-    t.per_block = static_cast<int>(block_size) / tile;
+    t.per_block_log2 = 31 - __clz(static_cast<int>(block_size) / tile);
     t.list = lists.index + start[0];
-    t.count = t.hi > t.lo ? (start[1] - start[0]) * t.per_block : 0;
+    t.count = t.hi > t.lo ? (start[1] - start[0]) << t.per_block_log2 : 0;
   }
   return t;
 }

@@ -2,6 +2,10 @@
 //
 // Online softmax over key tiles (Milakov & Gimelshein 2018; FlashAttention, arXiv 2205.14135, Algorithm 1, lines 10-13)
 // on accumulator fragments. Scores stay unscaled; the scale enters as scale * log2(e) inside one multiply-add of exp2.
+//
+// The running maximum may lag: any reference point gives the same quotient, so it moves only once a score has outgrown it
+// by 2^8 (P then stays below 256, exact enough in 16 bits and far from overflow). After a row's first tiles that is rare,
+// and a warp in which no row moves skips the rescaling of its output.
 #pragma once
 
 #include "ampere/tile.cuh"
@@ -27,7 +31,8 @@ __device__ __forceinline__ void mask_scores(float (&s)[kM][kN][4], const Visible
 // State of the rows a lane shares with the other three lanes of its quad: kM fragments of two rows each.
 template <int kM>
 struct OnlineSoftmax {
-  float max[kM][2];  // running maximum of the unscaled scores
+  static constexpr float kMaxGrowthLog2 = 8.0f;
+  float max[kM][2];  // reference point of the unscaled scores
   float sum[kM][2];  // this lane's part of the running sum of exp2((s - max) * scale_log2)
 
   __device__ __forceinline__ OnlineSoftmax() {
@@ -35,22 +40,35 @@ struct OnlineSoftmax {
     for (int m = 0; m < kM; ++m) max[m][0] = max[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0.0f;
   }
 
-  // Turns scores into probabilities relative to the new maximum and rescales what was accumulated under the old one.
+  // Turns scores into probabilities relative to `max`, after moving `max` and rescaling what was accumulated if needed.
   template <int kN, int kO>
   __device__ __forceinline__ void update(float (&s)[kM][kN][4], float (&out)[kM][kO][4], float scale_log2) {
+    float top[kM][2];
+    bool outgrown = false;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float top = max[m][half];
+        float x = s[m][0][2 * half];
 #pragma unroll
-        for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        // A row without a visible key so far keeps max = -inf; subtracting 0 instead leaves exp2(-inf) = 0 and no NaN.
-        const float shift = top == -INFINITY ? 0.0f : top * scale_log2;
-        const float rescale = ptx::exp2_approx(max[m][half] * scale_log2 - shift);
-        max[m][half] = top;
+        for (int n = 0; n < kN; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+        top[m][half] = x;
+        outgrown = outgrown || (x - max[m][half]) * scale_log2 > kMaxGrowthLog2;  // false for -inf - -inf
+      }
+    }
+    if (__any_sync(~0u, outgrown)) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rescale(m, half, top[m][half], out, scale_log2);
+    }
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float shift = finite_shift(max[m][half], scale_log2);
         float total = 0.0f;
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
@@ -60,9 +78,7 @@ struct OnlineSoftmax {
             total += s[m][n][i];
           }
         }
-        sum[m][half] = fmaf(sum[m][half], rescale, total);
-#pragma unroll
-        for (int n = 0; n < kO; ++n) out[m][n][2 * half] *= rescale, out[m][n][2 * half + 1] *= rescale;
+        sum[m][half] += total;
       }
     }
   }
@@ -82,6 +98,22 @@ struct OnlineSoftmax {
 
   __device__ __forceinline__ float lse(int m, int half, float scale) const {
     return sum[m][half] == 0.0f ? -INFINITY : max[m][half] * scale + __log2f(sum[m][half]) * kLn2;
+  }
+
+ private:
+  // A row without a visible key so far keeps max = -inf; subtracting 0 instead leaves exp2(-inf) = 0 and no NaN.
+  static __device__ __forceinline__ float finite_shift(float max, float scale_log2) {
+    return max == -INFINITY ? 0.0f : max * scale_log2;
+  }
+
+  template <int kO>
+  __device__ __forceinline__ void rescale(int m, int half, float top, float (&out)[kM][kO][4], float scale_log2) {
+    const float next = fmaxf(max[m][half], top);
+    const float factor = ptx::exp2_approx(max[m][half] * scale_log2 - finite_shift(next, scale_log2));
+    max[m][half] = next;
+    sum[m][half] *= factor;
+#pragma unroll
+    for (int n = 0; n < kO; ++n) out[m][n][2 * half] *= factor, out[m][n][2 * half + 1] *= factor;
   }
 };
 

@@ -126,6 +126,14 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
   });
 }
 
+inline bool __any_sync(unsigned, bool x) {
+  return emulation::warp_instruction<bool, bool>(x, [](const bool* in, bool* out) {
+    std::fill(out, out + 32, std::any_of(in, in + 32, [](bool value) { return value; }));
+  });
+}
+
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+
 inline uint32_t __vcmpgeu4(uint32_t a, uint32_t b) {
   uint32_t result = 0;
   for (int shift = 0; shift < 32; shift += 8)
