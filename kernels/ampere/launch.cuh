@@ -12,7 +12,8 @@
 namespace flash_models {
 
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("flash_models: ") + what + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("flash_models: ") + what + ": " + cudaGetErrorString(error));
 }
 
 // One-dimensional launch with `shared` bytes of dynamic shared memory.
@@ -20,8 +21,10 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void* stream,
             const Arguments&... arguments) {
   if (blocks == 0) return;
-  if (blocks > 0x7FFFFFFF) throw std::runtime_error(std::string("flash_models: ") + name + " needs more than 2^31 - 1 thread blocks");
-  if (shared > 48 * 1024) check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
+  if (blocks > 0x7FFFFFFF)
+    throw std::runtime_error(std::string("flash_models: ") + name + " needs more than 2^31 - 1 thread blocks");
+  if (shared > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check_cuda(cudaGetLastError(), name);
 }

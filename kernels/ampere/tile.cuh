@@ -2,9 +2,10 @@
 //
 // Tiles of 16-bit elements in shared memory, and the warp-level products on them.
 //
-// A tile has rows of kDim elements. The 16-byte chunks of a row are XOR-swizzled by the row number so that the eight rows
-// one ldmatrix phase touches fall into eight different bank groups: with rows of 128 or 256 bytes by the row's low three
-// bits; rows of 64 or 192 bytes already alternate between two halves of the banks, so two bits of row / 2 are enough.
+// A tile has rows of kDim elements. The 16-byte chunks of a row are XOR-swizzled by the row number so that the eight
+// rows one ldmatrix phase touches fall into eight different bank groups: with rows of 128 or 256 bytes by the row's low
+// three bits; rows of 64 or 192 bytes already alternate between two halves of the banks, so two bits of row / 2 are
+// enough.
 #pragma once
 
 #include "ampere/ptx.cuh"
@@ -45,10 +46,11 @@ struct Tile {
     return row * kRowBytes + ((chunk ^ key) << 4);
   }
 
-  // Starts the copy of kRows rows; rows outside [row_lo, row_hi) and chunks from dims_valid on become zeros. A thread keeps
-  // its column of chunks, so that one 64-bit pointer and one uniform step address all it copies.
+  // Starts the copy of kRows rows; rows outside [row_lo, row_hi) and chunks from dims_valid on become zeros. A thread
+  // keeps its column of chunks, so that one 64-bit pointer and one uniform step address all it copies.
   template <int kThreads>
-  __device__ __forceinline__ void load_async(const T* global, int64_t row_stride, int row_lo, int row_hi, int dims_valid) const {
+  __device__ __forceinline__ void load_async(const T* global, int64_t row_stride, int row_lo, int row_hi,
+                                             int dims_valid) const {
     constexpr int kColumns = kChunks % 8 == 0 ? 8 : 4, kStep = kThreads / kColumns;
     static_assert(kRows % kStep == 0 && kStep % 8 == 0);
     const int first = threadIdx.x / kColumns, column = threadIdx.x % kColumns;
@@ -63,7 +65,8 @@ struct Tile {
 
   // Copies rows [first, first + kCount) of the tile, as one warp, to global memory in 16-byte stores.
   template <int kCount>
-  __device__ __forceinline__ void store_rows(int first, T* global, int64_t row_stride, int rows_valid, int dims_valid) const {
+  __device__ __forceinline__ void store_rows(int first, T* global, int64_t row_stride, int rows_valid,
+                                             int dims_valid) const {
     for (int item = threadIdx.x % 32; item < kCount * kChunks; item += 32) {
       const int row = first + item / kChunks, chunk = item % kChunks;
       if (row < rows_valid && 8 * chunk < dims_valid) {
@@ -90,10 +93,12 @@ __device__ __forceinline__ void load_a(uint32_t (&a)[4], const Tile& t, int row0
 // A operand whose rows are tile columns.
 template <typename Tile>
 __device__ __forceinline__ void load_a_transposed(uint32_t (&a)[4], const Tile& t, int row0, int k0, int lane) {
-  ptx::ldmatrix_transposed(a, t.base + k0 * Tile::kRowBytes + Tile::offset(lane / 16 * 8 + lane % 8, row0 / 8 + lane / 8 % 2));
+  ptx::ldmatrix_transposed(
+      a, t.base + k0 * Tile::kRowBytes + Tile::offset(lane / 16 * 8 + lane % 8, row0 / 8 + lane / 8 % 2));
 }
 
-// B operand (16 deep, 16 wide: b[0], b[1] for columns 0-7, b[2], b[3] for 8-15) whose columns are tile rows: X * tile^T.
+// B operand (16 deep, 16 wide: b[0], b[1] for columns 0-7, b[2], b[3] for 8-15) whose columns are tile rows: X *
+// tile^T.
 template <typename Tile>
 __device__ __forceinline__ void load_b_rows(uint32_t (&b)[4], const Tile& t, int col0, int k0, int lane) {
   ptx::ldmatrix(b, t.base + col0 * Tile::kRowBytes + Tile::offset(lane / 16 * 8 + lane % 8, k0 / 8 + lane / 8 % 2));
@@ -108,7 +113,8 @@ __device__ __forceinline__ void load_b_columns(uint32_t (&b)[4], const Tile& t, 
 // acc[m][n] (kM x kN fragments) += A[row0 .. +16 kM][0 .. kDepth] * B. kATransposed: A's rows are tile columns.
 // kBRows: B's columns are tile rows col0 .., otherwise tile columns col0 ...
 template <typename T, int kDepth, bool kATransposed, bool kBRows, int kM, int kN, typename TileA, typename TileB>
-__device__ __forceinline__ void multiply(float (&acc)[kM][kN][4], const TileA& ta, int row0, const TileB& tb, int col0, int lane) {
+__device__ __forceinline__ void multiply(float (&acc)[kM][kN][4], const TileA& ta, int row0, const TileB& tb, int col0,
+                                         int lane) {
 #pragma unroll
   for (int k = 0; k < kDepth; k += 16) {
     uint32_t a[kM][4];
@@ -139,7 +145,8 @@ __device__ __forceinline__ void multiply(float (&acc)[kM][kN][4], const TileA& t
 
 // acc += P * B where P (16 kM x 8 kP) is itself an accumulator: an m16n8 accumulator pair is laid out as an A operand.
 template <typename T, int kM, int kP, int kN, typename TileB>
-__device__ __forceinline__ void multiply_registers(float (&acc)[kM][kN][4], const float (&p)[kM][kP][4], const TileB& tb, int lane) {
+__device__ __forceinline__ void multiply_registers(float (&acc)[kM][kN][4], const float (&p)[kM][kP][4],
+                                                   const TileB& tb, int lane) {
 #pragma unroll
   for (int k = 0; k < kP; k += 2) {
     uint32_t a[kM][4];
@@ -175,8 +182,8 @@ __device__ __forceinline__ void clear(float (&acc)[kM][kN][4]) {
 
 // Rounds acc * factor to T and writes it to tile rows row0 .., columns col0 ...
 template <typename T, int kM, int kN, typename Tile>
-__device__ __forceinline__ void store_accumulator(const float (&acc)[kM][kN][4], const float (&factor)[kM][2], const Tile& t,
-                                                  int row0, int col0, const Lane& lane) {
+__device__ __forceinline__ void store_accumulator(const float (&acc)[kM][kN][4], const float (&factor)[kM][2],
+                                                  const Tile& t, int row0, int col0, const Lane& lane) {
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll

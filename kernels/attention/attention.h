@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a backend receives: plain pointers, strides and sizes, already checked by op.cpp. No torch type crosses this line.
+// What a backend receives: plain pointers, strides and sizes, already checked by op.cpp. No torch type crosses this
+// line.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,8 @@ namespace flash_models {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
-// A (batch, seq, head, dim) tensor with unit stride in dim. Strides count elements. Packed sequences have batch stride 0
-// and are addressed through cu_seqlens. Offsets are 64-bit: B * S * H * D passes 2^31 at 64K tokens.
+// A (batch, seq, head, dim) tensor with unit stride in dim. Strides count elements. Packed sequences have batch stride
+// 0 and are addressed through cu_seqlens. Offsets are 64-bit: B * S * H * D passes 2^31 at 64K tokens.
 struct View {
   void* data = nullptr;
   int64_t batch = 0;
@@ -18,8 +19,8 @@ struct View {
   int64_t head = 0;
 };
 
-// Compressed rows: line i of head h lists index[start[h * head_stride + i]] .. index[start[h * head_stride + i + 1] - 1],
-// ascending block numbers. head_stride is 0 when all heads share one list.
+// Compressed rows: line i of head h lists index[start[h * head_stride + i]] .. index[start[h * head_stride + i + 1] -
+// 1], ascending block numbers. head_stride is 0 when all heads share one list.
 struct BlockLists {
   const int32_t* start = nullptr;
   const int32_t* index = nullptr;
@@ -60,8 +61,8 @@ struct AttentionProblem {
 // The backward pass also reads p.out and p.lse.
 struct AttentionGradients {
   View dout, dq, dk, dv;
-  float* delta = nullptr;     // (B, H, Sq) or (H, Tq) scratch: rowsum(dout * out)
-  float* dq_sum = nullptr;    // scratch, zeroed, dq_sum_size_*() floats; nullptr when that is 0
+  float* delta = nullptr;   // (B, H, Sq) or (H, Tq) scratch: rowsum(dout * out)
+  float* dq_sum = nullptr;  // scratch, zeroed, dq_sum_size_*() floats; nullptr when that is 0
 };
 
 // One sequence of the batch, as both backends see it.
@@ -75,7 +76,8 @@ void attention_fwd_cpu(const AttentionProblem& p);
 void attention_bwd_cpu(const AttentionProblem& p, const AttentionGradients& g);
 void attention_fwd_cuda(const AttentionProblem& p);
 void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g);
-void attention_bwd_dq_cuda(const AttentionProblem& p, const AttentionGradients& g);  // its deterministic dq, after delta
+void attention_bwd_dq_cuda(const AttentionProblem& p,
+                           const AttentionGradients& g);  // its deterministic dq, after delta
 
 // Floats of scratch that the backward pass adds dq up in, across CTAs: none on the CPU and in deterministic mode.
 int64_t dq_sum_size_cpu(const AttentionProblem& p);

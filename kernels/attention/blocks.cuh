@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Which tiles a CTA visits: every tile of a range (dense), or those of the range that a block list names. This is the only
-// difference between flash and block-sparse attention. Forward: key tiles of a query tile, from the row lists. Backward
-// for keys: query tiles of a key tile, from the transposed lists.
+// Which tiles a CTA visits: every tile of a range (dense), or those of the range that a block list names. This is the
+// only difference between flash and block-sparse attention. Forward: key tiles of a query tile, from the row lists.
+// Backward for keys: query tiles of a key tile, from the transposed lists.
 #pragma once
 
 #include "sequence.h"
@@ -17,7 +17,9 @@ struct Tiles {
 
   // Tile at a position. Positions of a list may name tiles outside the range; next() steps over them.
   __device__ __forceinline__ int tile(int position) const {
-    return list == nullptr ? lo + position : (list[position >> per_block_log2] << per_block_log2) + (position & ((1 << per_block_log2) - 1));
+    return list == nullptr
+               ? lo + position
+               : (list[position >> per_block_log2] << per_block_log2) + (position & ((1 << per_block_log2) - 1));
   }
 
   // First position from `position` on that is to be visited, or >= count.
@@ -29,7 +31,8 @@ struct Tiles {
 };
 
 // Tiles of [lo, hi) that the list of the block holding `token` names.
-__device__ __forceinline__ Tiles tiles_of(const BlockLists& lists, int64_t block_size, int head, int token, int tile, int lo, int hi) {
+__device__ __forceinline__ Tiles tiles_of(const BlockLists& lists, int64_t block_size, int head, int token, int tile,
+                                          int lo, int hi) {
   Tiles t;
   t.lo = lo;
   t.hi = max(lo, hi);
@@ -65,14 +68,15 @@ struct Visible {
 };
 
 // Key tiles that queries [q0, q0 + rows) may see.
-__device__ __forceinline__ Tiles key_tiles(const AttentionProblem& p, const Visible& visible, int head, int q0, int rows, int tile) {
+__device__ __forceinline__ Tiles key_tiles(const AttentionProblem& p, const Visible& visible, int head, int q0,
+                                           int rows, int tile) {
   const int last = max(0, min(visible.hi, q0 + rows + visible.diagonal));
   return tiles_of(p.rows, p.block_size, head, q0, tile, visible.lo / tile, tiles_in(last, tile));
 }
 
 // Query tiles that may see keys [k0, k0 + columns).
-__device__ __forceinline__ Tiles query_tiles(const AttentionProblem& p, const Sequence& s, const Visible& visible, int head, int k0,
-                                             int columns, int tile) {
+__device__ __forceinline__ Tiles query_tiles(const AttentionProblem& p, const Sequence& s, const Visible& visible,
+                                             int head, int k0, int columns, int tile) {
   const bool any = k0 < visible.hi && k0 + columns > visible.lo;
   return tiles_of(p.columns, p.block_size, head, k0, tile, max(0, k0 - visible.diagonal) / tile,
                   any ? tiles_in(static_cast<int>(s.q_len), tile) : 0);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Deterministic dQ for sm_80 and later: one CTA owns a tile of 64 queries and adds over key tiles in a fixed order, at the
-// price of computing the scores a second time (7 products a tile pair instead of 5).
+// Deterministic dQ for sm_80 and later: one CTA owns a tile of 64 queries and adds over key tiles in a fixed order, at
+// the price of computing the scores a second time (7 products a tile pair instead of 5).
 //
 //   warps           4 x 1: 16 queries each; P and dS stay in registers, dS is its own A operand of dQ += dS K
 //   shared memory   Q | dO [64 x kDim] | K [2] | V [2] [kTileK x kDim]
-#include "dropout.cuh"
 #include "dispatch.cuh"
+#include "dropout.cuh"
 #include "softmax.cuh"
 
 namespace flash_models {
@@ -30,7 +30,8 @@ struct GradientTiles {
 
 template <typename T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kThreads, 2)
-    attention_bwd_dq_sm80(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g, int query_tiles) {
+    attention_bwd_dq_sm80(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g,
+                          int query_tiles) {
   constexpr int kTileK = GradientTiles<T, kDim>::kTileK;
   const GradientTiles<T, kDim> tiles{ptx::dynamic_shared()};
   const Lane lane;

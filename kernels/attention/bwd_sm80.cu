@@ -2,16 +2,18 @@
 //
 // Backward pass for sm_80 and later (arXiv 2205.14135, Algorithm 4), three launches:
 //   1. delta = rowsum(dout * out), one warp a row
-//   2. one CTA a tile of 64 keys walks the query tiles that see it. Scores are computed transposed, S^T = K Q^T, so that a
+//   2. one CTA a tile of 64 keys walks the query tiles that see it. Scores are computed transposed, S^T = K Q^T, so
+//   that a
 //      warp's accumulators hold whole keys:
 //        P^T  = exp(scale S^T - lse)             dV += P^T dO
 //        dS^T = P^T * (V dO^T - delta)           dK += scale dS^T Q           dQ += scale dS K   (added in fp32 by L2)
-//   3. the fp32 sum of dQ is scaled and rounded. In deterministic mode 2. leaves dQ alone and bwd_dq_sm80.cu computes it.
+//   3. the fp32 sum of dQ is scaled and rounded. In deterministic mode 2. leaves dQ alone and bwd_dq_sm80.cu computes
+//   it.
 //
 //   warps           2 x 2: S^T and dP^T 32 keys x 32 queries, dV and dK 32 keys x kDim / 2, dQ 32 queries x kDim / 2
 //   shared memory   K | V [64 x kDim] | Q | dO [kStages][64 x kDim] | P^T | dS^T [64 x 64] | lse | delta [kStages][64]
-#include "dropout.cuh"
 #include "dispatch.cuh"
+#include "dropout.cuh"
 #include "softmax.cuh"
 
 namespace flash_models {
@@ -22,7 +24,8 @@ constexpr int kTile = 64, kThreads = 128;
 template <typename T, int kDim_>
 struct BackwardTiles {
   static constexpr int kDim = kDim_;
-  // Two stages of Q and dO where three CTAs fit beside each other; one keeps kDim 128 within the 99 KB of sm_86 and sm_89.
+  // Two stages of Q and dO where three CTAs fit beside each other; one keeps kDim 128 within the 99 KB of sm_86 and
+  // sm_89.
   static constexpr int kStages = kDim <= 64 ? 2 : 1;
   static constexpr int kCtasPerSm = kDim <= 64 ? 3 : 2;
   using Rows = Tile<T, kTile, kDim>;
@@ -42,17 +45,19 @@ struct BackwardTiles {
 
 // P^T and dS^T of this warp's 32 keys x 32 queries: scores -> P (undropped, for dS) -> stored P (dropped) and dS.
 template <typename T, bool kDropout, typename Scores>
-__device__ __forceinline__ void probabilities_and_gradients(float (&s)[2][4][4], float (&dp)[2][4][4], const AttentionProblem& p,
-                                                            uint32_t lse, uint32_t delta, int key0, int query0, int q0, int k0,
-                                                            int64_t batch_head, const Scores& tile_p, const Scores& tile_ds,
+__device__ __forceinline__ void probabilities_and_gradients(float (&s)[2][4][4], float (&dp)[2][4][4],
+                                                            const AttentionProblem& p, uint32_t lse, uint32_t delta,
+                                                            int key0, int query0, int q0, int k0, int64_t batch_head,
+                                                            const Scores& tile_p, const Scores& tile_ds,
                                                             const Lane& lane) {
   const float scale_log2 = p.scale * kLog2e;
   uint32_t keep[2];
   if constexpr (kDropout) {
 #pragma unroll
     for (int patch = 0; patch < 2; ++patch)
-      keep[patch] = keep_bits_transposed(keep_bits(
-          dropout_patch(p.rng_state, batch_head, (q0 + query0) / 16 + patch, (k0 + key0) / 32, lane.id), p.dropout_threshold));
+      keep[patch] = keep_bits_transposed(
+          keep_bits(dropout_patch(p.rng_state, batch_head, (q0 + query0) / 16 + patch, (k0 + key0) / 32, lane.id),
+                    p.dropout_threshold));
   }
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
@@ -87,23 +92,25 @@ __device__ __forceinline__ void probabilities_and_gradients(float (&s)[2][4][4],
   }
 }
 
-// Query tiles of one head in dq_sum. A packed sequence starts at tile q_begin / kTile + batch, which leaves room for the
-// last, partly filled tile of every sequence before it.
+// Query tiles of one head in dq_sum. A packed sequence starts at tile q_begin / kTile + batch, which leaves room for
+// the last, partly filled tile of every sequence before it.
 __host__ __device__ __forceinline__ int64_t dq_tiles(const AttentionProblem& p) {
   return p.cu_seqlens_q != nullptr ? p.total_q / kTile + p.batch : p.batch * ((p.seqlen_q + kTile - 1) / kTile);
 }
 
 // Where one warp's share of dQ of the query tile at q0 lies in dq_sum: fragments [2][kDim / 16] of 128 floats.
 template <int kDim>
-__device__ __forceinline__ float* dq_fragment(const AttentionProblem& p, float* dq_sum, const Sequence& s, int64_t batch, int head,
-                                              int q0, int warp) {
-  const int64_t first = p.cu_seqlens_q != nullptr ? s.q_begin / kTile + batch : batch * ((p.seqlen_q + kTile - 1) / kTile);
+__device__ __forceinline__ float* dq_fragment(const AttentionProblem& p, float* dq_sum, const Sequence& s,
+                                              int64_t batch, int head, int q0, int warp) {
+  const int64_t first =
+      p.cu_seqlens_q != nullptr ? s.q_begin / kTile + batch : batch * ((p.seqlen_q + kTile - 1) / kTile);
   return dq_sum + ((head * dq_tiles(p) + first + q0 / kTile) * 4 + warp) * (kTile * kDim / 4);
 }
 
 template <typename T, int kDim, bool kDropout>
 __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
-    attention_bwd_dkv_sm80(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g, int key_tiles) {
+    attention_bwd_dkv_sm80(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g,
+                           int key_tiles) {
   using Tiles_ = BackwardTiles<T, kDim>;
   constexpr int kStages = Tiles_::kStages;
   const Tiles_ tiles{ptx::dynamic_shared()};
@@ -115,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
   const int head = blockIdx.x / key_tiles % p.heads;
   const int64_t batch = blockIdx.x / key_tiles / p.heads;
   const Sequence s = sequence_of(p, batch);
-  const int k0 = k_tile * kTile, q_len = static_cast<int>(s.q_len), k_len = static_cast<int>(s.k_len), dim = static_cast<int>(p.head_dim);
+  const int k0 = k_tile * kTile, q_len = static_cast<int>(s.q_len), k_len = static_cast<int>(s.k_len),
+            dim = static_cast<int>(p.head_dim);
   if (k0 >= k_len) return;
 
   const Visible visible(p, s);
@@ -173,10 +181,11 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
           for (int n = 0; n < 4; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              if (!visible(q0 + query0 + 8 * n + lane.col + i % 2, k0 + key0 + 16 * m + 8 * (i / 2) + lane.row)) scores[m][n][i] = -INFINITY;
+              if (!visible(q0 + query0 + 8 * n + lane.col + i % 2, k0 + key0 + 16 * m + 8 * (i / 2) + lane.row))
+                scores[m][n][i] = -INFINITY;
       }
-      probabilities_and_gradients<T, kDropout>(scores, dp, p, tiles.lse(stage), tiles.delta(stage), key0, query0, q0, k0,
-                                               batch * p.heads + head, tiles.p(), tiles.ds(), lane);
+      probabilities_and_gradients<T, kDropout>(scores, dp, p, tiles.lse(stage), tiles.delta(stage), key0, query0, q0,
+                                               k0, batch * p.heads + head, tiles.p(), tiles.ds(), lane);
     }
     __syncthreads();  // P^T and dS^T are complete
 
@@ -216,7 +225,8 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
 
 // One warp a row.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) attention_bwd_delta(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g) {
+__global__ void __launch_bounds__(kThreads)
+    attention_bwd_delta(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g) {
   const int lane = threadIdx.x % 32;
   const int64_t item = blockIdx.x * int64_t{kThreads / 32} + threadIdx.x / 32;
   const bool packed = p.cu_seqlens_q != nullptr;
@@ -227,7 +237,8 @@ __global__ void __launch_bounds__(kThreads) attention_bwd_delta(const __grid_con
   const T* dout = static_cast<const T*>(g.dout.data) + batch * g.dout.batch + row * g.dout.seq + head * g.dout.head;
   float sum = 0.0f;
   for (int d = 2 * lane; d < p.head_dim; d += 64)
-    sum += static_cast<float>(out[d]) * static_cast<float>(dout[d]) + static_cast<float>(out[d + 1]) * static_cast<float>(dout[d + 1]);
+    sum += static_cast<float>(out[d]) * static_cast<float>(dout[d]) +
+           static_cast<float>(out[d + 1]) * static_cast<float>(dout[d + 1]);
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   if (lane == 0) g.delta[item] = sum;
@@ -236,7 +247,8 @@ __global__ void __launch_bounds__(kThreads) attention_bwd_delta(const __grid_con
 // dq = scale * dq_sum, one CTA a query tile with the warp layout that added it up.
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads)
-    attention_bwd_store_dq(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g, int query_tile_count) {
+    attention_bwd_store_dq(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g,
+                           int query_tile_count) {
   const Tile<T, kTile, kDim> tile{ptx::dynamic_shared()};
   const Lane lane;
   const int warp = threadIdx.x / 32;
@@ -250,7 +262,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) ptx::load_fragment(sum + 128 * (m * (kDim / 16) + n), lane.id, dq[m][n]);
-  store_accumulator<T>(dq, {{p.scale, p.scale}, {p.scale, p.scale}}, tile, 32 * (warp / 2), kDim / 2 * (warp % 2), lane);
+  store_accumulator<T>(dq, {{p.scale, p.scale}, {p.scale, p.scale}}, tile, 32 * (warp / 2), kDim / 2 * (warp % 2),
+                       lane);
   __syncthreads();
   T* out = static_cast<T*>(g.dq.data) + query_offset(g.dq, s, batch, head) + q0 * g.dq.seq;
   tile.template store_rows<16>(16 * warp, out, g.dq.seq, static_cast<int>(s.q_len) - q0, static_cast<int>(p.head_dim));
@@ -263,7 +276,8 @@ int64_t dq_sum_size_cuda(const AttentionProblem& p) {
 }
 
 void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g) {
-  const int query_tile_count = static_cast<int>(ceil_div(p.seqlen_q, kTile)), key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kTile));
+  const int query_tile_count = static_cast<int>(ceil_div(p.seqlen_q, kTile)),
+            key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kTile));
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
     const int64_t rows = (p.cu_seqlens_q != nullptr ? p.total_q : p.batch * p.seqlen_q) * p.heads;
     launch("attention_bwd_delta", attention_bwd_delta<T>, ceil_div(rows, kThreads / 32), kThreads, 0, p.stream, p, g);
@@ -271,8 +285,7 @@ void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g) 
            BackwardTiles<T, kDim>::kBytes, p.stream, p, g, key_tiles);
     if (g.dq_sum != nullptr)
       launch("attention_bwd_store_dq", attention_bwd_store_dq<T, kDim>, query_tile_count * p.heads * p.batch, kThreads,
-             Tile<T, kTile, kDim>::kBytes, p.stream, p, g,
-             query_tile_count);
+             Tile<T, kTile, kDim>::kBytes, p.stream, p, g, query_tile_count);
   });
   if (g.dq_sum == nullptr) attention_bwd_dq_cuda(p, g);
 }

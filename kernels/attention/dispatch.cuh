@@ -13,8 +13,8 @@
 
 namespace flash_models {
 
-// Calls fn.template operator()<T, kDim, kDropout>() with the smallest compiled head dimension that holds p.head_dim; the
-// tiles are padded with zeros in shared memory.
+// Calls fn.template operator()<T, kDim, kDropout>() with the smallest compiled head dimension that holds p.head_dim;
+// the tiles are padded with zeros in shared memory.
 template <typename T, typename Function>
 void dispatch_dim(const AttentionProblem& p, Function fn) {
   auto with_dropout = [&]<int kDim>() {
@@ -38,7 +38,9 @@ void dispatch(const AttentionProblem& p, Function fn) {
   p.dtype == DType::kBFloat16 ? dispatch_dim<__nv_bfloat16>(p, fn) : dispatch_dim<__half>(p, fn);
 }
 
-inline int padded_dim(int64_t head_dim) { return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : 128; }
+inline int padded_dim(int64_t head_dim) {
+  return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : 128;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -8,7 +8,7 @@
 
 namespace flash_models {
 
-// Bit 4 * (byte / 4) + byte % 4 ... in plain order: bit i says whether byte i of the lane's share keeps its element.
+// Bit i says whether byte i of the lane's share keeps its element.
 __device__ __forceinline__ uint32_t keep_bits(const Philox& bytes, uint32_t threshold) {
   uint32_t bits = 0;
   const uint32_t limit = threshold * 0x01010101u;
@@ -21,17 +21,19 @@ __device__ __forceinline__ uint32_t keep_bits(const Philox& bytes, uint32_t thre
   return bits;
 }
 
-// Zeroes the dropped elements of scores in natural layout: rows are queries q0 .., columns keys k0 .. (multiples of 32).
+// Zeroes the dropped elements of scores in natural layout: rows are queries q0 .., columns keys k0 .. (multiples of
+// 32).
 template <int kM, int kN>
-__device__ __forceinline__ void drop(float (&p)[kM][kN][4], const AttentionProblem& problem, int64_t batch_head, int q0, int k0,
-                                     const Lane& lane) {
+__device__ __forceinline__ void drop(float (&p)[kM][kN][4], const AttentionProblem& problem, int64_t batch_head, int q0,
+                                     int k0, const Lane& lane) {
   static_assert(kN % 4 == 0);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int patch = 0; patch < kN / 4; ++patch) {
-      const uint32_t bits = keep_bits(dropout_patch(problem.rng_state, batch_head, q0 / 16 + m, k0 / 32 + patch, lane.id),
-                                      problem.dropout_threshold);
+      const uint32_t bits =
+          keep_bits(dropout_patch(problem.rng_state, batch_head, q0 / 16 + m, k0 / 32 + patch, lane.id),
+                    problem.dropout_threshold);
 #pragma unroll
       for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -41,10 +43,10 @@ __device__ __forceinline__ void drop(float (&p)[kM][kN][4], const AttentionProbl
   }
 }
 
-// The same bits for transposed scores: rows are 32 keys, columns 16 queries. A lane draws its natural share; the halves of
-// its word that belong to even and to odd keys are two elements of an 8x8 matrix of 16-bit words, and one movmatrix hands
-// every lane the words of its transposed position. In the result bit 4 * key_tile + 2 * query_tile (+16 for the second of
-// the lane's two queries) belongs to key 8 * key_tile + lane.row and query 8 * query_tile + lane.col.
+// The same bits for transposed scores: rows are 32 keys, columns 16 queries. A lane draws its natural share; the halves
+// of its word that belong to even and to odd keys are two elements of an 8x8 matrix of 16-bit words, and one movmatrix
+// hands every lane the words of its transposed position. In the result bit 4 * key_tile + 2 * query_tile (+16 for the
+// second of the lane's two queries) belongs to key 8 * key_tile + lane.row and query 8 * query_tile + lane.col.
 __device__ __forceinline__ uint32_t keep_bits_transposed(uint32_t bits) {
   return ptx::movmatrix_transposed((bits & 0x5555u) | ((bits & 0xAAAAu) << 15));
 }

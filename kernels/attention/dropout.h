@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Counter-based dropout: whether (row, col) is kept depends on the seed, the batch, the head, the row and the column alone,
-// so forward, backward, every tile shape, CPU and CUDA draw the same mask. Philox4x32 (Salmon et al., SC 2011) with 7
-// rounds, the fewest that pass BigCrush. One call serves 16 elements: those that one lane holds of a 16 x 32 patch in the
-// accumulator layout of mma.m16n8 (PTX ISA, "Matrix fragments for mma.m16n8k16").
+// Counter-based dropout: whether (row, col) is kept depends on the seed, the batch, the head, the row and the column
+// alone, so forward, backward, every tile shape, CPU and CUDA draw the same mask. Philox4x32 (Salmon et al., SC 2011)
+// with 7 rounds, the fewest that pass BigCrush. One call serves 16 elements: those that one lane holds of a 16 x 32
+// patch in the accumulator layout of mma.m16n8 (PTX ISA, "Matrix fragments for mma.m16n8k16").
 #pragma once
 
 #include <cstdint>
@@ -37,9 +37,11 @@ FM_HOST_DEVICE Philox philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c
 }
 
 // The 16 bytes of one lane's share of the patch (row / 16, col / 32).
-FM_HOST_DEVICE Philox dropout_patch(const int64_t* rng_state, int64_t batch_head, int64_t row_patch, int64_t col_patch, int lane) {
+FM_HOST_DEVICE Philox dropout_patch(const int64_t* rng_state, int64_t batch_head, int64_t row_patch, int64_t col_patch,
+                                    int lane) {
   return philox(static_cast<uint64_t>(rng_state[0]), static_cast<uint32_t>(col_patch * 32 + lane),
-                static_cast<uint32_t>(row_patch), static_cast<uint32_t>(batch_head), static_cast<uint32_t>(rng_state[1]));
+                static_cast<uint32_t>(row_patch), static_cast<uint32_t>(batch_head),
+                static_cast<uint32_t>(rng_state[1]));
 }
 
 FM_HOST_DEVICE int dropout_lane(int64_t row, int64_t col) { return static_cast<int>((row % 8) * 4 + (col % 8) / 2); }

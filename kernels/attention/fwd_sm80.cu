@@ -2,13 +2,14 @@
 //
 // Forward pass for sm_80 and later: FlashAttention (arXiv 2205.14135, Algorithm 1) on mma.sync and cp.async.
 //
-// One CTA owns a tile of 32 * kWarps queries of one head; each warp owns 32 of its rows and all keys, so rows never meet
-// across warps. K and V tiles stream through a two-stage cp.async ring: while tile i is computed, tile i + 1 is on its way.
+// One CTA owns a tile of 32 * kWarps queries of one head; each warp owns 32 of its rows and all keys, so rows never
+// meet across warps. K and V tiles stream through a two-stage cp.async ring: while tile i is computed, tile i + 1 is on
+// its way.
 //
 //   shared memory   Q [32 kWarps x kDim] | K [2][kTileK x kDim] | V [2][kTileK x kDim]     (Q is reused for the output)
 //   registers       scores 32 x kTileK, output 32 x kDim per warp, fp32
-#include "dropout.cuh"
 #include "dispatch.cuh"
+#include "dropout.cuh"
 #include "softmax.cuh"
 
 namespace flash_models {
@@ -19,7 +20,8 @@ struct ForwardConfig {
   static constexpr int kDim = kDim_, kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kTileQ = 32 * kWarps;  // 32 rows a warp: every K and V fragment read feeds two products
   static constexpr int kTileK = kDim <= 64 ? 64 : 32;
-  static constexpr int kCtasPerSm = 8 / kWarps;  // 255 registers a thread; the softmax of one CTA hides behind the other's products
+  static constexpr int kCtasPerSm =
+      8 / kWarps;  // 255 registers a thread; the softmax of one CTA hides behind the other's products
 };
 
 template <typename T, typename Config>
@@ -42,7 +44,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const Lane lane;
   const int warp = threadIdx.x / 32;
 
-  // Query tiles of one head run side by side and share its K and V in L2; causal rows have most work last, so start there.
+  // Query tiles of one head run side by side and share its K and V in L2; causal rows have most work last, so start
+  // there.
   const int q_tile = query_tiles - 1 - blockIdx.x % query_tiles;
   const int head = blockIdx.x / query_tiles % p.heads;
   const int64_t batch = blockIdx.x / query_tiles / p.heads;
@@ -116,8 +119,8 @@ template <typename T, int kDim, int kWarps, bool kDropout>
 void launch_forward(const AttentionProblem& p) {
   using Config = ForwardConfig<kDim, kWarps>;
   const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, Config::kTileQ));
-  launch("attention_fwd_sm80", attention_fwd_sm80<T, Config, kDropout>, query_tiles * p.heads * p.batch, Config::kThreads,
-         ForwardTiles<T, Config>::kBytes, p.stream, p, query_tiles);
+  launch("attention_fwd_sm80", attention_fwd_sm80<T, Config, kDropout>, query_tiles * p.heads * p.batch,
+         Config::kThreads, ForwardTiles<T, Config>::kBytes, p.stream, p, query_tiles);
 }
 
 }  // namespace

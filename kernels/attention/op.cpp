@@ -2,8 +2,8 @@
 //
 // Schema, registration and the checks that both backends rely on. What a user may get wrong is reported by ops.py in
 // terms of its arguments; the checks here keep any other caller of the op inside its tensors.
-#include "attention.h"
 #include "op.h"
+#include "attention.h"
 
 #include <cmath>
 
@@ -28,10 +28,10 @@ struct Arguments {
   bool causal, deterministic;
 };
 
-#define FM_SHARED_SCHEMA                                                                          \
-  "Tensor q, Tensor k, Tensor v, Tensor? kv_range, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "  \
-  "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? row_start, Tensor? row_index, "              \
-  "Tensor? col_start, Tensor? col_index, int block_size, Tensor? rng_state, float dropout_p, "    \
+#define FM_SHARED_SCHEMA                                                                         \
+  "Tensor q, Tensor k, Tensor v, Tensor? kv_range, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, " \
+  "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? row_start, Tensor? row_index, "             \
+  "Tensor? col_start, Tensor? col_index, int block_size, Tensor? rng_state, float dropout_p, "   \
   "float scale, bool causal, bool deterministic"
 
 DType dtype_of(const Tensor& t) {
@@ -47,21 +47,25 @@ View view_of(const Tensor& t, const char* name, bool packed) {
   STD_TORCH_CHECK(t.dim() == (packed ? 3 : 4), "flash_models: ", name, " must have ", packed ? 3 : 4,
                   " dimensions, got shape ", shape_of(t));
   const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1, "flash_models: the last dimension of ", name, " must be contiguous");
+  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1, "flash_models: the last dimension of ", name,
+                  " must be contiguous");
   return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(last - 2), t.stride(last - 1)};
 }
 
 const int32_t* int32_or_null(const OptionalTensor& t, const char* name, const Tensor& q) {
   if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_contiguous() && t->get_device() == q.get_device() && t->is_cpu() == q.is_cpu(),
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_contiguous() && t->get_device() == q.get_device() &&
+                      t->is_cpu() == q.is_cpu(),
                   "flash_models: ", name, " must be a contiguous int32 tensor on the device of q");
   return static_cast<const int32_t*>(t->const_data_ptr());
 }
 
-BlockLists lists_of(const OptionalTensor& start, const OptionalTensor& index, int64_t lines, int64_t heads, const Tensor& q) {
+BlockLists lists_of(const OptionalTensor& start, const OptionalTensor& index, int64_t lines, int64_t heads,
+                    const Tensor& q) {
   if (!start.has_value()) return {};
   STD_TORCH_CHECK(start->dim() == 2 && (start->size(0) == 1 || start->size(0) == heads) && start->size(1) == lines + 1,
-                  "flash_models: block list offsets must be (1 or ", heads, ", ", lines + 1, "), got ", shape_of(*start));
+                  "flash_models: block list offsets must be (1 or ", heads, ", ", lines + 1, "), got ",
+                  shape_of(*start));
   return {int32_or_null(start, "block list offsets", q), int32_or_null(index, "block list numbers", q),
           start->size(0) == 1 ? 0 : start->size(1)};
 }
@@ -73,37 +77,48 @@ AttentionProblem make_problem(const Arguments& a) {
   p.k = view_of(a.k, "k", packed);
   p.v = view_of(a.v, "v", packed);
   p.dtype = dtype_of(a.q);
-  STD_TORCH_CHECK(a.k.scalar_type() == a.q.scalar_type() && a.v.scalar_type() == a.q.scalar_type(), "flash_models: q, k, v differ in dtype");
-  STD_TORCH_CHECK(a.k.get_device() == a.q.get_device() && a.v.get_device() == a.q.get_device() && a.k.is_cpu() == a.q.is_cpu() && a.v.is_cpu() == a.q.is_cpu(),
+  STD_TORCH_CHECK(a.k.scalar_type() == a.q.scalar_type() && a.v.scalar_type() == a.q.scalar_type(),
+                  "flash_models: q, k, v differ in dtype");
+  STD_TORCH_CHECK(a.k.get_device() == a.q.get_device() && a.v.get_device() == a.q.get_device() &&
+                      a.k.is_cpu() == a.q.is_cpu() && a.v.is_cpu() == a.q.is_cpu(),
                   "flash_models: q, k, v are on different devices");
   const int64_t last = a.q.dim() - 1;
   p.head_dim = a.q.size(last);
   p.heads = a.q.size(last - 1);
-  STD_TORCH_CHECK(p.head_dim % 8 == 0 && p.head_dim >= 8 && p.head_dim <= 128, "flash_models: head dim must be a multiple of 8 up to 128, got ", p.head_dim);
+  STD_TORCH_CHECK(p.head_dim % 8 == 0 && p.head_dim >= 8 && p.head_dim <= 128,
+                  "flash_models: head dim must be a multiple of 8 up to 128, got ", p.head_dim);
   for (const Tensor* t : {&a.k, &a.v})
-    STD_TORCH_CHECK(t->size(last) == p.head_dim && t->size(last - 1) == p.heads && t->size(last - 2) == a.k.size(last - 2) && (packed || t->size(0) == a.q.size(0)),
+    STD_TORCH_CHECK(t->size(last) == p.head_dim && t->size(last - 1) == p.heads &&
+                        t->size(last - 2) == a.k.size(last - 2) && (packed || t->size(0) == a.q.size(0)),
                     "flash_models: q ", shape_of(a.q), " does not fit key or value ", shape_of(*t));
   p.seqlen_q = packed ? a.max_seqlen_q : a.q.size(1);
   p.seqlen_k = packed ? a.max_seqlen_k : a.k.size(1);
   p.batch = packed ? a.cu_seqlens_q->size(0) - 1 : a.q.size(0);
   p.total_q = packed ? a.q.size(0) : p.batch * p.seqlen_q;
   p.total_k = packed ? a.k.size(0) : p.batch * p.seqlen_k;
-  STD_TORCH_CHECK(p.seqlen_q >= 0 && p.seqlen_k >= 0 && p.seqlen_q < (int64_t{1} << 30) && p.seqlen_k < (int64_t{1} << 30), "flash_models: sequence lengths must be in [0, 2^30)");
+  STD_TORCH_CHECK(
+      p.seqlen_q >= 0 && p.seqlen_k >= 0 && p.seqlen_q < (int64_t{1} << 30) && p.seqlen_k < (int64_t{1} << 30),
+      "flash_models: sequence lengths must be in [0, 2^30)");
   p.cu_seqlens_q = int32_or_null(a.cu_seqlens_q, "cu_seqlens_q", a.q);
   p.cu_seqlens_k = int32_or_null(a.cu_seqlens_k, "cu_seqlens_k", a.q);
-  STD_TORCH_CHECK(packed == a.cu_seqlens_k.has_value() && (!packed || (p.batch >= 0 && a.cu_seqlens_k->numel() == p.batch + 1)),
-                  "flash_models: cu_seqlens_q and cu_seqlens_k must both be given, with the same length");
+  STD_TORCH_CHECK(
+      packed == a.cu_seqlens_k.has_value() && (!packed || (p.batch >= 0 && a.cu_seqlens_k->numel() == p.batch + 1)),
+      "flash_models: cu_seqlens_q and cu_seqlens_k must both be given, with the same length");
   p.kv_range = int32_or_null(a.kv_range, "kv_range", a.q);
-  STD_TORCH_CHECK(!a.kv_range.has_value() || a.kv_range->numel() == 2 * p.batch, "flash_models: kv_range must be (", p.batch, ", 2)");
+  STD_TORCH_CHECK(!a.kv_range.has_value() || a.kv_range->numel() == 2 * p.batch, "flash_models: kv_range must be (",
+                  p.batch, ", 2)");
   if (a.row_start.has_value()) {
-    STD_TORCH_CHECK(a.block_size == 64 || a.block_size == 128, "flash_models: block size must be 64 or 128, got ", a.block_size);
-    STD_TORCH_CHECK(a.row_index.has_value() && a.col_start.has_value() && a.col_index.has_value(), "flash_models: a layout needs its four lists");
+    STD_TORCH_CHECK(a.block_size == 64 || a.block_size == 128, "flash_models: block size must be 64 or 128, got ",
+                    a.block_size);
+    STD_TORCH_CHECK(a.row_index.has_value() && a.col_start.has_value() && a.col_index.has_value(),
+                    "flash_models: a layout needs its four lists");
     p.block_size = a.block_size;
     p.rows = lists_of(a.row_start, a.row_index, (p.seqlen_q + a.block_size - 1) / a.block_size, p.heads, a.q);
     p.columns = lists_of(a.col_start, a.col_index, (p.seqlen_k + a.block_size - 1) / a.block_size, p.heads, a.q);
   }
   if (a.dropout_p > 0.0) {
-    STD_TORCH_CHECK(a.rng_state.has_value() && a.rng_state->numel() == 2 && a.rng_state->scalar_type() == ScalarType::Long && a.rng_state->get_device() == a.q.get_device(),
+    STD_TORCH_CHECK(a.rng_state.has_value() && a.rng_state->numel() == 2 &&
+                        a.rng_state->scalar_type() == ScalarType::Long && a.rng_state->get_device() == a.q.get_device(),
                     "flash_models: dropout needs rng_state, two int64 on the device of q");
     const double threshold = std::round(256.0 * a.dropout_p);
     p.dropout_threshold = threshold >= 255.0 ? 255u : static_cast<uint32_t>(threshold);
@@ -120,7 +135,8 @@ AttentionProblem make_problem(const Arguments& a) {
 }
 
 std::vector<int64_t> lse_shape(const AttentionProblem& p) {
-  return p.cu_seqlens_q != nullptr ? std::vector<int64_t>{p.heads, p.total_q} : std::vector<int64_t>{p.batch, p.heads, p.seqlen_q};
+  return p.cu_seqlens_q != nullptr ? std::vector<int64_t>{p.heads, p.total_q}
+                                   : std::vector<int64_t>{p.batch, p.heads, p.seqlen_q};
 }
 
 std::vector<int64_t> shape_vector(const Tensor& t) {
@@ -149,15 +165,18 @@ using Backward = void (*)(const AttentionProblem&, const AttentionGradients&);
 using ScratchSize = int64_t (*)(const AttentionProblem&);
 
 template <Forward kForward>
-std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor kv_range, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                         int64_t max_seqlen_q, int64_t max_seqlen_k, OptionalTensor row_start, OptionalTensor row_index,
-                                         OptionalTensor col_start, OptionalTensor col_index, int64_t block_size, OptionalTensor rng_state,
-                                         double dropout_p, double scale, bool causal, bool deterministic) {
+std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor kv_range,
+                                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
+                                         int64_t max_seqlen_k, OptionalTensor row_start, OptionalTensor row_index,
+                                         OptionalTensor col_start, OptionalTensor col_index, int64_t block_size,
+                                         OptionalTensor rng_state, double dropout_p, double scale, bool causal,
+                                         bool deterministic) {
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (q.is_cuda()) guard.emplace(q.get_device_index());
   q = aligned(q), k = aligned(k), v = aligned(v);
-  AttentionProblem p = make_problem({q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index,
-                                     col_start, col_index, block_size, rng_state, dropout_p, scale, causal, deterministic});
+  AttentionProblem p =
+      make_problem({q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index,
+                    col_start, col_index, block_size, rng_state, dropout_p, scale, causal, deterministic});
   const bool packed = p.cu_seqlens_q != nullptr;
   Tensor out = result_like(q, packed);
   Tensor lse = packed ? zeros_on(q, lse_shape(p), ScalarType::Float) : empty_on(q, lse_shape(p), ScalarType::Float);
@@ -168,19 +187,25 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalT
 }
 
 template <Backward kBackward, ScratchSize kDqSumSize>
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, OptionalTensor kv_range,
-                                                 OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                                 OptionalTensor row_start, OptionalTensor row_index, OptionalTensor col_start, OptionalTensor col_index,
-                                                 int64_t block_size, OptionalTensor rng_state, double dropout_p, double scale, bool causal, bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
+                                                 OptionalTensor kv_range, OptionalTensor cu_seqlens_q,
+                                                 OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
+                                                 int64_t max_seqlen_k, OptionalTensor row_start,
+                                                 OptionalTensor row_index, OptionalTensor col_start,
+                                                 OptionalTensor col_index, int64_t block_size, OptionalTensor rng_state,
+                                                 double dropout_p, double scale, bool causal, bool deterministic) {
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (q.is_cuda()) guard.emplace(q.get_device_index());
   q = aligned(q), k = aligned(k), v = aligned(v), out = aligned(out), dout = aligned(dout);
-  AttentionProblem p = make_problem({q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index,
-                                     col_start, col_index, block_size, rng_state, dropout_p, scale, causal, deterministic});
+  AttentionProblem p =
+      make_problem({q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index,
+                    col_start, col_index, block_size, rng_state, dropout_p, scale, causal, deterministic});
   const bool packed = p.cu_seqlens_q != nullptr;
-  STD_TORCH_CHECK(shape_vector(dout) == shape_vector(q) && shape_vector(out) == shape_vector(q) && dout.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(),
+  STD_TORCH_CHECK(shape_vector(dout) == shape_vector(q) && shape_vector(out) == shape_vector(q) &&
+                      dout.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(),
                   "flash_models: dout and out must have the shape and dtype of q");
-  STD_TORCH_CHECK(shape_vector(lse) == lse_shape(p) && lse.is_contiguous() && lse.scalar_type() == ScalarType::Float, "flash_models: lse does not fit q");
+  STD_TORCH_CHECK(shape_vector(lse) == lse_shape(p) && lse.is_contiguous() && lse.scalar_type() == ScalarType::Float,
+                  "flash_models: lse does not fit q");
   p.out = view_of(out, "out", packed);
   p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
   Tensor dq = result_like(q, packed), dk = result_like(k, packed), dv = result_like(v, packed);
@@ -208,17 +233,20 @@ void parallel_for(int64_t n, int64_t grain, void (*fn)(void*, int64_t, int64_t),
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_models, m) {
   m.def("attention_fwd(" FM_SHARED_SCHEMA ") -> (Tensor out, Tensor lse)");
-  m.def("attention_bwd(Tensor dout, Tensor out, Tensor lse, " FM_SHARED_SCHEMA ") -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def("attention_bwd(Tensor dout, Tensor out, Tensor lse, " FM_SHARED_SCHEMA
+        ") -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_models, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&flash_models::attention_fwd<flash_models::attention_fwd_cpu>));
-  m.impl("attention_bwd", TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cpu, flash_models::dq_sum_size_cpu>)));
+  m.impl("attention_bwd",
+         TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cpu, flash_models::dq_sum_size_cpu>)));
 }
 
 #ifdef FLASH_MODELS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flash_models, CUDA, m) {
   m.impl("attention_fwd", TORCH_BOX(&flash_models::attention_fwd<flash_models::attention_fwd_cuda>));
-  m.impl("attention_bwd", TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cuda, flash_models::dq_sum_size_cuda>)));
+  m.impl("attention_bwd",
+         TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cuda, flash_models::dq_sum_size_cuda>)));
 }
 #endif

@@ -3,9 +3,9 @@
 // Online softmax over key tiles (Milakov & Gimelshein 2018; FlashAttention, arXiv 2205.14135, Algorithm 1, lines 10-13)
 // on accumulator fragments. Scores stay unscaled; the scale enters as scale * log2(e) inside one multiply-add of exp2.
 //
-// The running maximum may lag: any reference point gives the same quotient, so it moves only once a score has outgrown it
-// by 2^8 (P then stays below 256, exact enough in 16 bits and far from overflow). After a row's first tiles that is rare,
-// and a warp in which no row moves skips the rescaling of its output.
+// The running maximum may lag: any reference point gives the same quotient, so it moves only once a score has outgrown
+// it by 2^8 (P then stays below 256, exact enough in 16 bits and far from overflow). After a row's first tiles that is
+// rare, and a warp in which no row moves skips the rescaling of its output.
 #pragma once
 
 #include "ampere/tile.cuh"
@@ -18,7 +18,8 @@ constexpr float kLn2 = 0.69314718055994530942f;
 
 // Sets the scores that do not attend to -inf.
 template <int kM, int kN>
-__device__ __forceinline__ void mask_scores(float (&s)[kM][kN][4], const Visible& visible, int q0, int k0, const Lane& lane) {
+__device__ __forceinline__ void mask_scores(float (&s)[kM][kN][4], const Visible& visible, int q0, int k0,
+                                            const Lane& lane) {
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll

@@ -8,7 +8,8 @@
 namespace flash_models {
 
 template <typename... Parameters, typename... Arguments>
-void launch(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void*, const Arguments&... arguments) {
+void launch(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void*,
+            const Arguments&... arguments) {
   if (threads > emulation::kMaxThreads || shared > static_cast<int>(sizeof(emulation::shared_memory)))
     throw std::runtime_error("the emulation is too small for this launch");
   emulation::body = [&] { kernel(arguments...); };

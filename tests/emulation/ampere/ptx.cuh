@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The functions of kernels/ampere/ptx.cuh, in C++. Fragment layouts are written here from the tables of the PTX ISA, apart
-// from how the kernels index them.
+// The functions of kernels/ampere/ptx.cuh, in C++. Fragment layouts are written here from the tables of the PTX ISA,
+// apart from how the kernels index them.
 #pragma once
 
 #include "threads.h"
@@ -33,7 +33,8 @@ inline void cp_async_commit() {}
 template <int kPending>
 void cp_async_wait() {
   static_assert(kPending == 0);
-  for (const Copy& copy : copies[emulation::thread]) std::memcpy(__cvta_shared_to_generic(copy.shared), copy.data, copy.bytes);
+  for (const Copy& copy : copies[emulation::thread])
+    std::memcpy(__cvta_shared_to_generic(copy.shared), copy.data, copy.bytes);
   copies[emulation::thread].clear();
 }
 
@@ -43,17 +44,18 @@ struct Registers {
 
 inline void load_matrices(uint32_t (&r)[4], uint32_t shared, bool transposed) {
   if (shared % 16 != 0) throw std::runtime_error("misaligned ldmatrix");
-  const Registers result = emulation::warp_instruction<uint32_t, Registers>(shared, [transposed](const uint32_t* rows, Registers* out) {
-    for (int matrix = 0; matrix < 4; ++matrix) {
-      uint16_t x[8][8];
-      for (int i = 0; i < 8; ++i) std::memcpy(x[i], __cvta_shared_to_generic(rows[8 * matrix + i]), 16);
-      for (int lane = 0; lane < 32; ++lane) {
-        const int i = lane / 4, j = 2 * (lane % 4);
-        const uint32_t low = transposed ? x[j][i] : x[i][j], high = transposed ? x[j + 1][i] : x[i][j + 1];
-        out[lane].r[matrix] = low | high << 16;
-      }
-    }
-  });
+  const Registers result =
+      emulation::warp_instruction<uint32_t, Registers>(shared, [transposed](const uint32_t* rows, Registers* out) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+          uint16_t x[8][8];
+          for (int i = 0; i < 8; ++i) std::memcpy(x[i], __cvta_shared_to_generic(rows[8 * matrix + i]), 16);
+          for (int lane = 0; lane < 32; ++lane) {
+            const int i = lane / 4, j = 2 * (lane % 4);
+            const uint32_t low = transposed ? x[j][i] : x[i][j], high = transposed ? x[j + 1][i] : x[i][j + 1];
+            out[lane].r[matrix] = low | high << 16;
+          }
+        }
+      });
   std::memcpy(r, result.r, sizeof(r));
 }
 
@@ -113,6 +115,8 @@ inline void red_add_fragment(float* fragment, int lane, const float (&x)[4]) {
   for (int i = 0; i < 4; ++i) fragment[4 * lane + i] += x[i];
 }
 
-inline void load_fragment(const float* fragment, int lane, float (&x)[4]) { std::memcpy(x, fragment + 4 * lane, sizeof(x)); }
+inline void load_fragment(const float* fragment, int lane, float (&x)[4]) {
+  std::memcpy(x, fragment + 4 * lane, sizeof(x));
+}
 
 }  // namespace flash_models::ptx
