@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds and loads the compiled kernels, fills in for what they lack, and says what there is.
+
+A backend that the library does not have (no library at all, or one built without CUDA) is served by `reference.py`,
+under the same schemas and with one warning, so that no caller needs to know.
+"""
+
+import functools
+import importlib.resources
+import os
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+_NAME = "_kernels.so"
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? kv_range, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? row_start, Tensor? row_index, Tensor? col_start, "
+    "Tensor? col_index, int block_size, Tensor? rng_state, float dropout_p, float scale, bool causal, "
+    "bool deterministic"
+)
+# The schemas of kernels/attention/op.cpp, which a compiled library brings with it.
+SCHEMAS = {
+    "attention_fwd": f"({_ARGUMENTS}) -> (Tensor out, Tensor lse)",
+    "attention_bwd": f"(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+}
+fragment = torch.library.Library("flash_models", "FRAGMENT")
+
+
+def _load():
+    """(path of the library or None, why it is not in use or None)."""
+    path = importlib.resources.files("flash_models") / _NAME
+    if not path.is_file():
+        return None, f"{_NAME} is not in the installed package: it was installed without a C++ compiler, or not built"
+    try:
+        torch.ops.load_library(os.fspath(path))
+    except OSError as error:
+        return None, f"{path} does not load with torch {torch.__version__}: {' '.join(str(error).split())}"
+    return os.fspath(path), None
+
+
+def _has_kernel(backend):
+    return torch._C._dispatch_has_kernel_for_dispatch_key("flash_models::attention_fwd", backend)
+
+
+@functools.cache
+def _warn_once(reason):
+    warnings.warn(
+        f"flash_models runs its plain PyTorch reference, which is slow and keeps the S x S score matrix: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _serve_by_reference(backend, reason):
+    from .reference import reference_backward, reference_forward
+
+    def contiguous_results(reference, args):
+        with torch.autocast(args[0].device.type, enabled=False):  # the dtypes of the arguments rule, as in a kernel
+            return tuple(result.contiguous() for result in reference(*args))
+
+    def forward(*args):
+        _warn_once(reason)
+        return contiguous_results(reference_forward, args)
+
+    def backward(*args):
+        return contiguous_results(reference_backward, args)
+
+    fragment.impl("attention_fwd", forward, backend)
+    fragment.impl("attention_bwd", backward, backend)
+
+
+def _missing(backend):
+    """Why `backend` ("CPU" or "CUDA") has no kernel; None where it has."""
+    if _load_error is not None:
+        return _load_error
+    if not _has_kernel(backend):
+        return f"{library_path} was built without {backend} kernels" + (" (no nvcc)" if backend == "CUDA" else "")
+    return None
+
+
+library_path, _load_error = _load()
+if library_path is None:
+    for _op, _schema in SCHEMAS.items():
+        fragment.define(_op + _schema)
+_reasons = {backend: _missing(backend) for backend in ("CPU", "CUDA")}
+for _backend, _reason in _reasons.items():
+    if _reason is not None:
+        _serve_by_reference(_backend, _reason)
+
+
+@functools.cache
+def no_kernel_reason(device):
+    """Why no kernel takes tensors on `device` (torch.device); None if one does."""
+    if device.type not in ("cpu", "cuda"):
+        return f"flash_models has kernels for CPU and CUDA, not for {device.type}"
+    reason = _reasons[device.type.upper()]
+    if reason is None and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than Ampere (compute capability 8.0)"
+    return reason
+
+
+def _cuda_architectures():
+    """Architectures that the library holds machine code for, such as ["sm_80", "sm_90a"]: nvcc notes them beside it."""
+    options = re.findall(rb"-arch (sm_\w+)", Path(library_path).read_bytes()) if library_path else []
+    return sorted({name.decode() for name in options})
+
+
+class Info(dict):
+    """A dict that prints as a table."""
+
+    def __repr__(self):
+        return "\n".join(f"{key:<13}{value}" for key, value in self.items())
+
+
+def info():
+    """What is installed and which kernel a call takes: a dict of str that prints as a table.
+
+    Keys: `flash_models` (version), `library` (path, or why there is none), `backends`, `torch`, `gpu`, and what takes
+    tensors on `cpu` and on `cuda`.
+    """
+    from . import __version__
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    architectures = _cuda_architectures()
+    built = {"CPU": "CPU", "CUDA": f"CUDA ({', '.join(architectures)}, PTX)"}
+    return Info(
+        flash_models=__version__,
+        library=library_path or f"none, pure Python ({_load_error})",
+        backends=", ".join(built[backend] for backend, reason in _reasons.items() if reason is None) or "none",
+        torch=torch.__version__,
+        gpu=gpu or "none visible to torch",
+        cpu=_kernel_on(torch.device("cpu"), architectures),
+        cuda=_kernel_on(torch.device("cuda", torch.cuda.current_device()), architectures)
+        if gpu
+        else "not used: no GPU",
+    )
+
+
+def _kernel_on(device, architectures):
+    reason = no_kernel_reason(device)
+    if reason is not None:
+        served = _reasons[device.type.upper()] is not None
+        return f"{'plain PyTorch reference' if served else 'nothing'} ({reason})"
+    if device.type == "cpu":
+        return f"C++ kernels on a processor with {torch.backends.cpu.get_cpu_capability()}"
+    major, minor = torch.cuda.get_device_capability(device)
+    exact, family = f"sm_{major}{minor}a", f"sm_{major}0"
+    code = next((f"compiled for {name}" for name in (exact, family) if name in architectures), "compiled from PTX")
+    return f"CUDA kernels {code}, compute capability {major}.{minor}"

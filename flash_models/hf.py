@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention of Hugging Face models, on this library's kernels.
+
+Importing this module registers the implementation `io_aware` with transformers: a function that makes masks and a
+function that attends. A model uses it with `attn_implementation="io_aware"`, or after `patch(model)`.
+"""
+
+import operator
+import os
+import warnings
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.models.bert.modeling_bert import BertCrossAttention, BertPreTrainedModel, BertSelfAttention
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, GPT2PreTrainedModel
+
+from . import layouts
+from ._sdpa import sdpa_attention, why_not_kernel
+from .models.configuration import IO_AWARE
+from .models.rotary import is_rotary, rotary_tables, rotate
+from .ops import attention
+
+_HOLES = (
+    "an attention_mask with padding between valid tokens reached a compiled model or a CUDA graph, where only padding "
+    "at the ends is supported, because to look at a mask is to wait for the device; pass a 4-D mask instead"
+)
+_warned = set()
+
+
+@torch.compiler.assume_constant_result  # so that torch.compile warns while tracing and leaves nothing in the graph
+def _report_fallback(reason):
+    """Warn once per reason that PyTorch's attention is used; with FLASH_MODELS_STRICT=1 raise instead."""
+    message = f"flash_models uses PyTorch's scaled_dot_product_attention (the result is the same) because of {reason}"
+    if os.environ.get("FLASH_MODELS_STRICT") == "1":
+        raise RuntimeError(message + "; FLASH_MODELS_STRICT=1 makes this an error")
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(message, stacklevel=2)
+
+
+def key_range(mask):
+    """First and one-past-last True of every row of `mask`, bool (B, K): int32 (B, 2), empty for a row without."""
+    length = mask.shape[1]
+    place = torch.arange(length, dtype=torch.int32, device=mask.device)
+    end = torch.where(mask, place + 1, 0).amax(1)
+    start = torch.where(mask, place, length).amin(1).minimum(end)
+    return torch.stack([start, end], 1)
+
+
+def attention_mask(
+    batch_size,
+    q_length,
+    kv_length,
+    q_offset=0,
+    kv_offset=0,
+    mask_function=causal_mask_function,
+    attention_mask=None,
+    **kwargs,
+):
+    """The mask that transformers hands to `attention_forward`, made once per forward of a model.
+
+    None: every key is valid. int32 (B, 2): first and one-past-last valid key, for padding at one or both ends. 4-D
+    bool (True: visible): everything else, such as padding with holes, packed `position_ids` or a static cache, which
+    PyTorch's attention then takes.
+
+    A mask is looked at on the host, one wait per forward. Inside torch.compile and CUDA graphs that is not possible:
+    there it is taken as padding at the ends, and a mask with holes fails a device-side assertion.
+    """
+    causal = mask_function is causal_mask_function
+    plain = causal or mask_function is bidirectional_mask_function
+    static = isinstance(q_offset, torch.Tensor) or (causal and kv_length != q_offset + q_length)
+    fits = attention_mask is None or attention_mask.shape[1] == kv_length
+    if plain and not static and not kv_offset and fits:
+        if attention_mask is None:
+            return None
+        kv_range = key_range(attention_mask)
+        holes = kv_range[:, 1] - kv_range[:, 0] != attention_mask.sum(1)
+        if torch.compiler.is_compiling() or (attention_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            torch._assert_async(~holes.any(), _HOLES)
+            return kv_range
+        all_valid, any_holes = torch.stack([attention_mask.all(), holes.any()]).tolist()
+        if not any_holes:
+            return None if all_valid else kv_range
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
+
+
+def _is_self_attention(module):
+    return not (isinstance(module, BertCrossAttention) or getattr(module, "is_cross_attention", False))
+
+
+@torch.compiler.assume_constant_result  # so that torch.compile makes the lists while tracing: constants of the graph
+def _constant_layout(fields, seqlen, device):
+    return layouts.from_config(dict(fields), seqlen, seqlen, device)
+
+
+def _layout(config, seqlen, device):
+    """The layout of `config.block_sparse` for `seqlen` tokens, or None."""
+    fields = getattr(config, "block_sparse", None)
+    if fields is None:
+        return None
+    if fields["pattern"] == "grid_2d":
+        fields = {"global": getattr(config, "num_global_tokens", 0), **fields}
+    # index() makes torch.compile treat an integer as a constant of the graph
+    fields = {name: fields[name] if name == "pattern" else operator.index(fields[name]) for name in sorted(fields)}
+    if fields["pattern"] == "grid_2d":
+        seqlen = operator.index(seqlen)
+    else:  # one layout serves all lengths of the same number of blocks
+        block_size = fields.get("block_size", 128)
+        seqlen = operator.index(-(-seqlen // block_size)) * block_size
+    return _constant_layout(tuple(fields.items()), seqlen, device)
+
+
+def _packed_sequences(kwargs, query, key, is_self_attention):
+    """The arguments of the packed call (`DataCollatorWithFlattening(return_flash_attn_kwargs=True)`), or None."""
+    cu_seqlens_q = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens_q is None:
+        return None
+    if query.shape[0] != 1 or not is_self_attention:
+        raise ValueError(
+            "cu_seq_lens_q packs sequences into a batch of 1 for self-attention; got "
+            + (f"a batch of {query.shape[0]}" if is_self_attention else "cross-attention")
+        )
+    cu_seqlens_k = kwargs.get("cu_seq_lens_k")
+    return {
+        "cu_seqlens_q": cu_seqlens_q.to(torch.int32),
+        "cu_seqlens_k": (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).to(torch.int32),
+        "max_seqlen_q": kwargs.get("max_length_q") or query.shape[2],
+        "max_seqlen_k": kwargs.get("max_length_k") or key.shape[2],
+    }
+
+
+def _split_mask(mask):
+    """(kv_range, 4-D mask), at most one of them not None, of what `attention_forward` takes as attention_mask."""
+    if mask is None or (mask.dim() == 4 and mask.dtype == torch.uint8):  # the latter from _spare_packed_mask
+        return None, None
+    if mask.dim() == 4:
+        return None, mask
+    if mask.dim() == 2 and mask.dtype in (torch.bool, torch.int32):
+        return (key_range(mask) if mask.dtype == torch.bool else mask), None
+    raise ValueError(
+        f"attention_mask must be 4-D, bool (B, Sk) or an int32 (B, 2) key range, got {mask.dtype} of shape "
+        f"{tuple(mask.shape)}"
+    )
+
+
+def _rotated(config, query, key):
+    """query (B, H, Sq, D) and key (B, H, Sk, D), turned to their positions; the queries are the last of the keys."""
+    q_length, k_length = query.shape[2], key.shape[2]
+    cos, sin = rotary_tables(config, k_length, query.shape[3], query.device)
+    query = rotate(query.transpose(1, 2), cos[k_length - q_length :], sin[k_length - q_length :])
+    return query.transpose(1, 2), rotate(key.transpose(1, 2), cos, sin).transpose(1, 2)
+
+
+def attention_forward(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, position_bias=None, **kwargs
+):
+    """What a Hugging Face attention module calls under the name `io_aware`.
+
+    query (B, H, Sq, D), key and value (B, H, Sk, D), read in place through their strides. attention_mask: None, int32
+    (B, 2) or 4-D, see `attention_mask`, or a 2-D bool key mask (B, Sk) whose valid keys are contiguous. Packed
+    sequences: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`. Returns (out (B, Sq, H, D), None):
+    attention weights are never formed.
+    """
+    for unsupported in ("softcap", "s_aux", "output_attentions"):
+        if kwargs.get(unsupported) is not None and kwargs[unsupported] is not False:
+            raise ValueError(
+                f"{IO_AWARE} attention has no {unsupported}; load the model with attn_implementation='eager'"
+            )
+    config = getattr(module, "config", None)
+    is_self_attention = _is_self_attention(module)
+    q_length, k_length = query.shape[2], key.shape[2]
+    kv_range, mask = _split_mask(attention_mask)
+    packed = _packed_sequences(kwargs, query, key, is_self_attention)
+    if packed is not None and kv_range is not None:
+        raise ValueError("got attention_mask and cu_seq_lens_q, but packed sequences hold no padding: drop the mask")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
+    layout = None
+    if is_self_attention:
+        unknown_positions = mask is not None and q_length != k_length
+        if is_rotary(config):
+            if unknown_positions:
+                raise ValueError("rotary positions do not combine with a static cache; use the default dynamic cache")
+            if packed is not None and config.position_embedding_type == "rotary_2d":
+                raise ValueError("rotary_2d does not combine with packed sequences; batch the images instead")
+            query, key = _rotated(config, query, key)
+        layout = _layout(config, k_length if packed is None else packed["max_seqlen_k"], query.device)
+        if layout is not None and unknown_positions:
+            raise ValueError("block_sparse does not combine with a static cache; use the default dynamic cache")
+    reason = why_not_kernel(query, key, value, mask, position_bias)
+    if reason is None and layout is not None and packed is None and q_length != k_length:
+        reason = "block_sparse with a key-value cache"
+    if reason is not None:
+        _report_fallback(reason)
+        out = sdpa_attention(
+            query, key, value, mask, position_bias, is_causal, kv_range, packed, layout, dropout, scaling
+        )
+        return out, None
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if packed is not None:
+        query, key, value = query[0], key[0], value[0]
+    out = attention(
+        query, key, value, causal=is_causal, scale=scaling, dropout_p=dropout, kv_range=kv_range, layout=layout,
+        **(packed or {}),
+    )  # fmt: skip
+    return (out if packed is None else out[None]), None
+
+
+AttentionInterface.register(IO_AWARE, attention_forward)
+AttentionMaskInterface.register(IO_AWARE, attention_mask)
+
+
+_ATTENTION_CLASSES = (BertSelfAttention, BertCrossAttention, GPT2Attention)
+_PATCHABLE_CLASSES = (*_ATTENTION_CLASSES, BertPreTrainedModel, GPT2PreTrainedModel)
+_BEFORE_PATCH = "_before_io_aware_patch"
+_NOT_SET = "not set"
+
+
+def _spare_packed_mask(module, args, kwargs):
+    """Forward pre-hook of GPT2Model: keep transformers from making a Q x K mask that the kernels do not need.
+
+    Without a mask and without a cache it looks for packed sequences in position_ids and, if it finds some or cannot
+    look because torch.compile traces, makes such a mask. It does not look where a 4-D mask is given. So one is, of a
+    dtype that no mask has, where cu_seq_lens_q says what is packed or where, without position_ids, nothing is.
+    """
+    inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+    given = len(args) > 1 or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None
+    known = kwargs.get("position_ids") is None or kwargs.get("cu_seq_lens_q") is not None
+    if module.config._attn_implementation == IO_AWARE and inputs is not None and known and not given:
+        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.uint8, device=inputs.device)
+    return args, kwargs
+
+
+def patch(model, block_sparse=None):
+    """Switch every BERT and GPT-2 inside `model` to this library's attention, in place. Returns `model`.
+
+    model: any nn.Module that holds Hugging Face BERT or GPT-2 layers. Weights, outputs and the saved checkpoint stay
+    what they were. block_sparse: None, or a dict as in `layouts.from_config`, which is stored in the models' configs;
+    self-attention then sees only the blocks of the pattern. `unpatch(model)` restores the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
+    if block_sparse is not None:
+        layouts.check_config(block_sparse)
+    if not any(isinstance(module, _ATTENTION_CLASSES) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} holds no Hugging Face BERT or GPT-2 attention, so there is nothing to patch. "
+            f"Other transformers models can use the kernels through model.set_attn_implementation({IO_AWARE!r})"
+        )
+    patched = [module for module in model.modules() if isinstance(module, _PATCHABLE_CLASSES)]
+    for module in patched:
+        if module.config.output_attentions:
+            raise ValueError(
+                f"{type(module).__name__} has config.output_attentions=True, but the kernels never form the attention "
+                "weights; set it to False first"
+            )
+        if not hasattr(module, _BEFORE_PATCH):
+            config = module.config
+            before = (config._attn_implementation, getattr(config, "block_sparse", _NOT_SET))
+            setattr(module, _BEFORE_PATCH, before)
+            if isinstance(module, GPT2Model):
+                module.register_forward_pre_hook(_spare_packed_mask, with_kwargs=True)
+    for module in patched:  # a config is shared by many modules: all have been read before the first is written
+        module.config._attn_implementation = IO_AWARE
+        if block_sparse is not None:
+            module.config.block_sparse = dict(block_sparse)
+    return model
+
+
+def unpatch(model):
+    """Undo `patch(model)`, in place: attention and configs are as before. Returns `model`."""
+    for module in model.modules():
+        if not hasattr(module, _BEFORE_PATCH):
+            continue
+        implementation, block_sparse = getattr(module, _BEFORE_PATCH)
+        delattr(module, _BEFORE_PATCH)
+        module.config._attn_implementation = implementation
+        if block_sparse != _NOT_SET:
+            module.config.block_sparse = block_sparse
+        elif hasattr(module.config, "block_sparse"):
+            del module.config.block_sparse
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if hook is _spare_packed_mask:
+                del module._forward_pre_hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+    return model

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations of the models of this library."""
+
+from transformers import BertConfig
+
+from ..layouts import BLOCK_SIZES, check_config
+from .rotary import ROTARY_TYPES
+
+IO_AWARE = "io_aware"  # the attn_implementation that hf.py registers
+POSITION_EMBEDDING_TYPES = ("absolute", *ROTARY_TYPES)
+
+
+class FlashBertConfig(BertConfig):
+    """A BERT with IO-aware attention, optionally block-sparse, and a choice of positions.
+
+    Fields on top of `BertConfig`:
+        position_embedding_type: "absolute" (BERT's table), "rotary" (along the text) or "rotary_2d" (over an image).
+            The rotary types have no table and no longest input: `max_position_embeddings` does not bind them.
+        block_sparse: None for exact attention, or a dict as in `layouts.from_config`.
+        num_global_tokens: tokens in front of an image. They are not rotated, and pattern grid_2d makes them global.
+        image_block_size: 64 or 128, the `layouts.tile_order` in which the pixels of an image are stored (rotary_2d).
+        rotary_max_wavelength: longest wavelength of the rotation in tokens or pixels.
+    """
+
+    model_type = "flash_bert"
+
+    position_embedding_type: str = "absolute"
+    block_sparse: dict | None = None
+    num_global_tokens: int = 0
+    image_block_size: int = 64
+    rotary_max_wavelength: float | int = 65536.0
+
+    def __post_init__(self, **kwargs):
+        if kwargs.get("attn_implementation") is None and not kwargs.get("output_attentions"):
+            kwargs["attn_implementation"] = IO_AWARE
+        super().__post_init__(**kwargs)
+        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            raise ValueError(
+                f"position_embedding_type must be one of {POSITION_EMBEDDING_TYPES}, "
+                f"got {self.position_embedding_type!r}"
+            )
+        head_dim = self.hidden_size // self.num_attention_heads
+        multiple = {"rotary": 2, "rotary_2d": 4}.get(self.position_embedding_type, 1)
+        if head_dim % multiple:
+            raise ValueError(f"{self.position_embedding_type} needs a head dim divisible by {multiple}, got {head_dim}")
+        if self.image_block_size not in BLOCK_SIZES:
+            raise ValueError(f"image_block_size must be one of {BLOCK_SIZES}, got {self.image_block_size}")
+        if self.block_sparse is not None:
+            check_config(self.block_sparse)

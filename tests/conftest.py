@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared fixtures. Every test that takes `device` runs on CPU and, where there is a GPU, unchanged on CUDA."""
+
+import pytest
+import torch
+from attention_case import DTYPES
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TARGETS = [(torch.device(device), dtype) for device in DEVICES for dtype in DTYPES[device]]
+
+# The tensors are small: more threads wait for each other longer than they compute.
+torch.set_num_threads(min(4, torch.get_num_threads()))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=TARGETS, ids=lambda target: f"{target[0].type}-{DTYPE_NAMES[target[1]]}")
+def target(request):
+    """Where and in which dtype: {"device": ..., "dtype": ...}."""
+    return dict(zip(("device", "dtype"), request.param, strict=True))
+
+
+@pytest.fixture(params=DEVICES)
+def one_dtype(request):
+    """One dtype for each device, for what does not depend on it."""
+    dtype = torch.bfloat16 if request.param == "cuda" else torch.float32
+    return {"device": torch.device(request.param), "dtype": dtype}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Memory from torch's allocators, also for tensors made in C++, holds NaN until it is written.
+
+    torch does this only in its deterministic mode, which would also choose the deterministic backward kernels: the
+    function by which `attention` sees the mode is replaced.
+    """
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    assert torch.empty(8).isnan().all()
+    yield
+    torch._C._set_deterministic_algorithms(False)

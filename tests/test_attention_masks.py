@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which keys a query sees, and which weights are dropped: `kv_range`, packed sequences, layouts and dropout."""
+
+import pytest
+import torch
+from attention_case import check, gradients, int32, packed, random_layout, random_qkv
+
+from flash_models import attention, layouts
+from flash_models.reference import dropout_mask, dropout_threshold
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(113, 203), (130, 64), (1, 300)])
+def test_kv_range(seqlen_q, seqlen_k, causal, target):
+    ranges = [[0, seqlen_k], [0, 1], [37, seqlen_k], [seqlen_k - 1, seqlen_k], [5, 61], [9, 9], [50, 20]]
+    q, k, v = random_qkv(seqlen_q, seqlen_k, batch=len(ranges), **target)
+    check(q, k, v, kv_range=int32(ranges, q.device), causal=causal)
+
+
+def test_rows_without_keys_are_zero(one_dtype):
+    q, k, v = (t.requires_grad_() for t in random_qkv(90, 40, **one_dtype))
+    kv_range = int32([[7, 7], [0, 40]], q.device)
+    out, lse = attention(q, k, v, causal=True, kv_range=kv_range, return_lse=True)
+    grads = gradients(out, (q, k, v), torch.randn_like(out))
+    assert not out[0].any() and (lse[0] == -torch.inf).all() and not any(grad[0].any() for grad in grads)
+    assert not out[1, :50].any() and (lse[1, :, :50] == -torch.inf).all() and not grads[0][1, :50].any()
+    assert out[1, 50:].all() and lse[1, :, 50:].isfinite().all()
+
+
+PACKED = [[(63, 63)], [(1, 1), (200, 200), (3, 3)], [(113, 203), (0, 50), (60, 0), (0, 0), (130, 64)]]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("lengths", PACKED, ids=["one", "self", "empty_and_cross"])
+def test_packed(lengths, causal, target):
+    q_lengths, k_lengths = zip(*lengths, strict=True)
+    q, k, v = random_qkv(sum(q_lengths), sum(k_lengths), batch=None, **target)
+    cu_seqlens = {"cu_seqlens_q": packed(q_lengths, q.device), "cu_seqlens_k": packed(k_lengths, q.device)}
+    check(q, k, v, **cu_seqlens, max_seqlen_q=max(q_lengths), max_seqlen_k=max(k_lengths) + 3, causal=causal)
+
+
+def test_packed_equals_padded(one_dtype):
+    lengths, longest = [40, 129, 7], 129
+    q, k, v = random_qkv(longest, longest, batch=3, **one_dtype)
+    kv_range = int32([[0, length] for length in lengths], q.device)
+    padded = attention(q, k, v, kv_range=kv_range)
+    cu_seqlens = packed(lengths, q.device)
+    pack = [torch.cat([t[b, :length] for b, length in enumerate(lengths)]) for t in (q, k, v)]
+    out = attention(*pack, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest)
+    expected = torch.cat([padded[b, :length] for b, length in enumerate(lengths)])
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-5 if one_dtype["dtype"] == torch.float32 else 1e-2)
+
+
+def test_packed_sequences_do_not_touch(one_dtype):
+    """A sequence of NaN, and tokens that belong to no sequence, leave the others alone."""
+    lengths = [50, 70, 33]
+    q, k, v = random_qkv(sum(lengths) + 20, sum(lengths) + 20, batch=None, **one_dtype)
+    for t in (q, k, v):
+        t[50:120] = torch.nan
+        t[153:] = torch.nan
+        t.requires_grad_()
+    cu_seqlens = packed(lengths, q.device)
+    out = attention(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=70, max_seqlen_k=70)
+    for result in (out, *gradients(out, (q, k, v), torch.ones_like(out))):
+        assert result[:50].isfinite().all() and result[120:153].isfinite().all()
+        assert not result[153:].any()
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("layout_heads", [1, 3], ids=["shared", "per_head"])
+def test_random_layout(layout_heads, block_size, causal, target):
+    q, k, v = random_qkv(513, 449, heads=3, **target)
+    check(q, k, v, layout=random_layout(513, 449, block_size, layout_heads, q.device), causal=causal)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128], ids=lambda d: f"D{d}")
+@pytest.mark.parametrize("name", ["dense", "local", "local_global", "grid_2d"])
+def test_pattern(name, head_dim, one_dtype):
+    device = one_dtype["device"]
+    layout = {
+        "dense": lambda: layouts.dense(500, block_size=64, device=device),
+        "local": lambda: layouts.local(500, 100, block_size=64, device=device),
+        "local_global": lambda: layouts.local_global(500, 64, 10, block_size=64, device=device),
+        "grid_2d": lambda: layouts.grid_2d(24, 16, 1, 64, device=device),
+    }[name]()
+    q, k, v = random_qkv(layout.seqlen_q, layout.seqlen_k, batch=1, head_dim=head_dim, **one_dtype)
+    check(q, k, v, layout=layout)
+
+
+def test_empty_layout(one_dtype):
+    q, k, v = random_qkv(130, 190, **one_dtype)
+    nothing = layouts.from_block_mask(torch.zeros(3, 3, dtype=torch.bool, device=q.device), 130, 190, 64)
+    check(q, k, v, layout=nothing)
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_dropout(causal, dropout_p, target):
+    check(*random_qkv(113, 203, **target), causal=causal, dropout_p=dropout_p, seed=7)
+
+
+def test_dropout_mask_is_the_defined_one(one_dtype):
+    """With equal scores and one-hot values, out is the mask: every entry is compared, in blocks of 128 columns."""
+    batch, heads, seqlen_q, seqlen_k, dropout_p = 2, 3, 150, 260, 0.3
+    q, k, v = (torch.zeros_like(t) for t in random_qkv(seqlen_q, seqlen_k, heads=heads, head_dim=128, **one_dtype))
+    torch.manual_seed(3)
+    rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
+    expected = dropout_mask(rng_state, dropout_p, batch, heads, seqlen_q, seqlen_k)
+    for first in range(0, seqlen_k, 128):
+        width = min(128, seqlen_k - first)
+        one_hot = v.clone()
+        one_hot[:, first : first + width] = torch.eye(128, device=q.device)[:width, None].to(v.dtype)
+        torch.manual_seed(3)
+        out = attention(q, k, one_hot.requires_grad_(), dropout_p=dropout_p)
+        assert torch.equal(out[..., :width].transpose(1, 2) > 0, expected[..., first : first + width])
+        kept = 256 / (256 - dropout_threshold(dropout_p)) / seqlen_k
+        torch.testing.assert_close(out.max().item(), kept, rtol=1e-2, atol=0)
+    for first in range(0, seqlen_q, 128):  # and dv is its transpose
+        height = min(128, seqlen_q - first)
+        dout = torch.zeros_like(q)
+        dout[:, first : first + height] = torch.eye(128, device=q.device)[:height, None].to(q.dtype)
+        torch.manual_seed(3)
+        leaf = v.clone().requires_grad_()
+        (dv,) = gradients(attention(q, k, leaf, dropout_p=dropout_p), (leaf,), dout)
+        assert torch.equal(dv[..., :height].permute(0, 2, 3, 1) > 0, expected[:, :, first : first + height])
+
+
+def test_dropout_statistics(one_dtype):
+    """The right share is dropped, the expectation is kept, and every call draws anew."""
+    q, k, v = random_qkv(256, 512, batch=4, heads=4, head_dim=16, **one_dtype)
+    q, v = torch.zeros_like(q), torch.ones_like(v)
+    outs = [attention(q, k, v, dropout_p=0.1)[..., 0].float() for _ in range(2)]
+    assert not torch.equal(*outs)
+    threshold = dropout_threshold(0.1)
+    share = threshold / 256
+    deviation = (share / (1 - share) / 512) ** 0.5  # of one row's mean
+    for out in outs:
+        assert abs(out.mean() - 1) < 5 * deviation / out.numel() ** 0.5 + 1e-3
+        assert 0.9 < out.std() / deviation < 1.1

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""patch and unpatch: what they find, what they leave behind, and what they refuse."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny_models import MODELS, SPARSE, VOCABULARY, assert_same, padding, token_ids
+from torch import nn
+from transformers import RobertaConfig, RobertaModel
+
+from flash_models import patch, unpatch
+
+
+@pytest.fixture
+def strict(monkeypatch):
+    """Anything that does not reach the kernels is an error."""
+    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unpatch_restores_exactly(name):
+    model = MODELS[name]()
+    before, hooks = model.config.to_dict(), [len(module._forward_pre_hooks) for module in model.modules()]
+    ids = token_ids("cpu")
+    logits = model.eval()(ids).logits
+    assert patch(model, block_sparse=SPARSE) is model
+    assert patch(model) is model  # again, and the pattern stays
+    assert model.config._attn_implementation == "io_aware" and model.config.block_sparse == SPARSE
+    assert unpatch(model) is model
+    assert model.config._attn_implementation == "eager" and model.config.to_dict() == before
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert torch.equal(model(ids).logits, logits)
+    assert unpatch(model) is model  # nothing left to do
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_patched_models_are_copied_pickled_and_saved(name, tmp_path, strict):
+    model = patch(MODELS[name](), block_sparse=SPARSE).eval()
+    ids = token_ids("cpu", length=150)
+    logits = model(ids).logits
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(ids).logits, logits)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, logits)
+    unpatch(copied)
+    assert copied.config._attn_implementation == "eager" and model.config._attn_implementation == "io_aware"
+    model.save_pretrained(tmp_path)
+    assert torch.equal(model(ids).logits, logits)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.block_sparse == SPARSE  # a pattern travels with the checkpoint
+    assert torch.equal(patch(loaded).eval()(ids).logits, logits)
+
+
+def test_patch_finds_models_inside_others(strict):
+    class Retriever(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.towers = nn.ModuleList([MODELS["bert"](), MODELS["gpt2"]()])
+
+    retriever = patch(Retriever())
+    assert all(tower.config._attn_implementation == "io_aware" for tower in retriever.towers)
+    unpatch(retriever)
+    assert all(tower.config._attn_implementation == "eager" for tower in retriever.towers)
+
+
+def test_patch_errors_say_what_to_do():
+    roberta = RobertaModel(RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=9))
+    with pytest.raises(ValueError, match=r"RobertaModel holds no .*set_attn_implementation\('io_aware'\)"):
+        patch(roberta)
+    with pytest.raises(TypeError, match="got str"):
+        patch("bert-base-uncased")
+    model = MODELS["bert"]()
+    with pytest.raises(ValueError, match="unknown block_sparse pattern 'spiral'"):
+        patch(model, block_sparse={"pattern": "spiral"})
+    assert model.config._attn_implementation == "eager"
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        patch(model)
+
+
+def test_other_models_use_the_kernels_by_name(device, strict):
+    config = RobertaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCABULARY)
+    truth = RobertaModel(config).to(device).eval()
+    plain = copy.deepcopy(truth).to(torch.float32 if device.type == "cpu" else torch.bfloat16)
+    other = copy.deepcopy(plain)
+    other.set_attn_implementation("io_aware")
+    ids, mask = token_ids(device), padding("right", device)
+    results = [m(ids, attention_mask=mask).last_hidden_state * mask[..., None] for m in (other, plain, truth)]
+    assert_same(*results)

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""eval/pathx.py: curriculum, exact resume, damaged states, evaluation and its JSON. Small canvases, tiny model."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "eval"))
+
+import pathx  # noqa: E402
+from metrics.accuracy import accuracy_with_interval, wilson_interval  # noqa: E402
+from tasks.pathfinder import PathfinderSpec, generate_batch, generate_samples  # noqa: E402
+from tasks.pathx_curriculum import DEFAULT_CURRICULUM, parse_curriculum  # noqa: E402
+from tasks.pathx_evaluation import best_threshold_accuracy, find_markers  # noqa: E402
+from tasks.pathx_model import augment, check_fits, create_model, trace_map  # noqa: E402
+from tasks.pathx_state import StateError, find_state, load_state  # noqa: E402
+from tasks.pathx_training import Trainer, curve_layers  # noqa: E402
+
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "intermediate_size": 32,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.0,
+    "num_global_tokens": 64,
+    "position_embedding_type": "rotary_2d",
+    "rotary_max_wavelength": 256.0,
+    "block_sparse": {"pattern": "grid_2d", "radius": 1, "block_size": 64},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(request, monkeypatch):
+    """accelerate remembers the first device it was asked for."""
+    if "device" in request.fixturenames and request.getfixturevalue("device").type == "cpu":
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+def run(*arguments):
+    return pathx.main([str(argument) for argument in arguments], preset=128)
+
+
+def train(config, output, *arguments, curriculum="32:2:1:4:2,32:2:2:3:2"):
+    common = ("--do_train", "--config_name", config, "--num_workers", 0, "--num_eval_samples", 0, "--seed", 3)
+    short = ("--logging_steps", 2, "--num_validation_samples", 4, "--data_echo", 2, "--num_warmup_steps", 2)
+    return run(*common, *short, "--curriculum", curriculum, "--output_dir", output, *arguments)
+
+
+@pytest.fixture
+def images_file(tmp_path):
+    images, labels = generate_batch(PathfinderSpec.preset(32), range(12), num_workers=1)
+    path = tmp_path / "given_32.npz"
+    np.savez(path, images=images, labels=labels)
+    return path
+
+
+def stop_at(monkeypatch, step):
+    """SIGTERM while global step `step` is under way."""
+    update = Trainer._update_ema
+
+    def update_and_kill(self):
+        update(self)
+        if self.global_step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_update_ema", update_and_kill)
+
+
+def test_resume_is_exact(device, config, tmp_path, monkeypatch):
+    assert train(config, tmp_path / "whole")["training"] == {"finished": True, "steps": 7, "of": 7}
+    tolerance = 0 if device.type == "cpu" else 5e-3  # CUDA adds gradients in any order
+    for step in (2, 4, 6):  # inside a stage, at its end, in the last one
+        parts = tmp_path / f"stopped_at_{step}"
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            assert train(config, parts)["training"] == {"finished": False, "steps": step, "of": 7}
+        assert not (parts / "model.safetensors").exists()
+        train(config, parts, "--resume_from_checkpoint", parts)
+        for name in ("model", "ema", "exp_avg", "exp_avg_sq"):
+            expected = load_file(tmp_path / "whole" / "checkpoint" / f"{name}.safetensors")
+            for key, value in load_file(parts / "checkpoint" / f"{name}.safetensors").items():
+                torch.testing.assert_close(value, expected[key], rtol=0, atol=tolerance, msg=f"{step} {name} {key}")
+
+
+def test_training_saves_a_plain_checkpoint_and_its_course(device, config, tmp_path):
+    train(config, tmp_path / "out", curriculum="32:2:1:2:2")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    assert not [name for name in weights if "curve_heads" in name]
+    events = [json.loads(line)["event"] for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
+    assert events == ["train", "validation"]
+    assert (tmp_path / "out" / "training.png").stat().st_size > 1000
+    state = tmp_path / "out" / "checkpoint"
+    assert len(list(state.iterdir())) <= 6 and not list(state.parent.glob("checkpoint.*"))
+
+
+def test_curve_loss_falls(device, config, tmp_path):
+    train(config, tmp_path, "--learning_rate", 5e-3, curriculum="32:2:1:24:4")
+    records = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
+    losses = [record["curve_loss"] for record in records if record["event"] == "train"]
+    assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
+
+
+def test_an_earlier_run_is_not_overwritten(config, tmp_path):
+    train(config, tmp_path, curriculum="32:2:1:1:2")
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint"):
+        train(config, tmp_path, curriculum="32:2:1:1:2")
+
+
+def test_labels_alone_train_too(device, config, tmp_path):
+    train(config, tmp_path, "--curve_loss_weight", 0, "--gradient_accumulation_steps", 2, curriculum="32:2:1:1:2")
+    assert not [name for name in load_file(tmp_path / "checkpoint" / "model.safetensors") if "curve" in name]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "json", "other"])
+def test_damaged_states_name_the_file(config, tmp_path, damage):
+    train(config, tmp_path, curriculum="32:2:1:1:2")
+    state = tmp_path / "checkpoint"
+    named = "ema.safetensors"
+    content = (state / named).read_bytes()
+    if damage == "truncated":
+        (state / named).write_bytes(content[: len(content) // 2])
+    elif damage == "altered":
+        (state / named).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "missing":
+        (state / named).unlink()
+    elif damage == "json":
+        named = "trainer_state.json"
+        (state / named).write_text("{")
+    elif damage == "other":
+        named = "model.safetensors"
+        Path(config).write_text(json.dumps({**TINY, "intermediate_size": 64}))
+    with pytest.raises(SystemExit, match=named):
+        train(config, tmp_path, "--resume_from_checkpoint", tmp_path, curriculum="32:2:1:2:2")
+
+
+def test_a_kill_between_two_renames_loses_nothing(config, tmp_path):
+    train(config, tmp_path, curriculum="32:2:1:1:2")
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    shutil.copytree(tmp_path / "checkpoint.old", tmp_path / "checkpoint.tmp")
+    assert find_state(tmp_path) == tmp_path / "checkpoint.old"
+    assert load_state(tmp_path / "checkpoint")[1]["global_step"] == 1
+    with pytest.raises(StateError, match="nothing_here"):
+        find_state(tmp_path / "nothing_here")
+
+
+def test_evaluation_report(device, config, images_file, tmp_path, capsys):
+    create_model(32, config).save_pretrained(tmp_path / "model")
+    command = (
+        "--model_name_or_path",
+        tmp_path / "model",
+        "--images_file",
+        images_file,
+        "--output_dir",
+        tmp_path / "out",
+    )
+    run(*command, "--per_device_eval_batch_size", 5, "--num_workers", 0)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == json.loads((tmp_path / "out" / "all_results.json").read_text())
+    result = report["results"]["given_32"]
+    assert result["num_samples"] == 12 and result["resumed_from"] == 0
+    low, high = result["ci95"]
+    assert 0 <= low <= result["accuracy"] <= high <= 1
+    assert sum(share["num_samples"] for share in result["per_class"].values()) == 12
+    assert 0.5 <= result["marker_distance_baseline"] <= 1 and result["images_per_second"] > 0
+    assert report["peak_memory_mib"] > 0
+    assert (tmp_path / "out" / "sheet_given_32.png").stat().st_size > 1000
+    again = run(*command, "--num_workers", 0)["results"]["given_32"]
+    assert again["resumed_from"] == 12 and again["accuracy"] == result["accuracy"]
+
+
+def test_evaluation_of_generated_images(device, config, tmp_path):
+    create_model(32, config).save_pretrained(tmp_path / "model")
+    arguments = ["--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path, "--num_eval_samples", 4]
+    arguments += ["--rendering", "lra", "original", "--num_workers", 0]
+    results = pathx.main([str(argument) for argument in arguments], preset=32)["results"]
+    assert [result["num_samples"] for result in results.values()] == [4, 4] and list(results) == ["lra", "original"]
+
+
+def test_wrong_models_and_files_are_refused(config, images_file, tmp_path):
+    model = create_model(32, config)
+    for change, message in (
+        ({"vocab_size": 319}, "vocab_size is 319"),
+        ({"num_labels": 3}, "3 labels"),
+        ({"position_embedding_type": "absolute", "max_position_embeddings": 512}, "512"),
+        ({"block_sparse": {"pattern": "grid_2d", "radius": 1, "height": 64, "width": 64}}, "64 pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_fits(type(model.config)(**{**TINY, **change}), 32)
+    with pytest.raises(ValueError, match="multiple of the 8-pixel tile"):
+        check_fits(model.config, 36)
+    model.save_pretrained(tmp_path / "model")
+    bad = tmp_path / "bad.npz"
+    bad.write_bytes(images_file.read_bytes()[:100])
+    with pytest.raises(SystemExit, match="bad.npz"):
+        run("--model_name_or_path", tmp_path / "model", "--images_file", bad, "--output_dir", tmp_path / "out")
+    with pytest.raises(SystemExit, match="cannot create --output_dir"):
+        run("--model_name_or_path", tmp_path / "model", "--output_dir", images_file / "below_a_file")
+
+
+def test_curriculum():
+    stages = parse_curriculum("32:2:1:10:4, 128:::20")
+    assert [stage.steps for stage in stages] == [10, 20] and stages[1].batch_size is None
+    small, full = stages[0].spec(128), stages[1].spec(128)
+    assert full == PathfinderSpec.preset(128)
+    assert (small.size, small.contour_length, small.num_distractors) == (32, 2, 1)
+    assert (small.dash_length, small.dash_thickness, small.marker_radius) == (5, 1.5, 3)
+    for stage in parse_curriculum(DEFAULT_CURRICULUM):
+        generate_samples(stage.spec(128), range(2), num_workers=1)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("32:2:1", "stage 1 .* has 3 fields"),
+        ("32:2:1:10,64:x:1:10", "stage 2 .* whole numbers"),
+        ("30:2:1:10", "multiple of 8"),
+        (":2:1:10", "multiple of 8"),
+        ("32:2:1:0", "steps"),
+        ("32:2:1:", "steps"),
+        ("32:1:1:5", "contour_length"),
+        ("32:2:1:5:0", "batch_size"),
+        ("", "has 1 fields"),
+    ],
+)
+def test_curriculum_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_curriculum(text)
+
+
+def test_curve_layers():
+    assert curve_layers("half", 8) == [4, 5, 6, 7, 8]
+    assert curve_layers("last", 8) == [8]
+    assert curve_layers("6,2", 8) == [2, 6]
+    for wrong in ("9", "0", "middle"):
+        with pytest.raises(ValueError, match="curve_loss_layers"):
+            curve_layers(wrong, 8)
+
+
+def test_image_and_trace_turn_together(device):
+    images = torch.randint(0, 250, (16, 8, 8), dtype=torch.uint8, device=device)
+    turned, trace = augment(images, images, 0.0)
+    assert torch.equal(turned, trace) and not torch.equal(turned, images)
+    assert torch.equal(turned.flatten(1).sort(1).values, images.flatten(1).sort(1).values)
+    brighter, trace = augment(images, images, 0.2)
+    assert brighter.dtype == torch.uint8
+    assert ((brighter.float() - trace.float()).abs() <= 0.2 * trace.float() + 0.5).all()
+
+
+def test_trace_of_the_generator():
+    samples = generate_samples(PathfinderSpec.preset(128), range(6), num_workers=1)
+    trace = trace_map(samples.curve_ids, samples.marked)
+    assert trace.dtype == np.uint8 and set(samples.label) == {0, 1}
+    assert np.array_equal(trace > 0, samples.curve_ids > 0)
+    for one, label in zip(trace, samples.label, strict=True):
+        assert set(np.unique(one)) == ({0, 1, 3} if label else {0, 1, 2})
+
+
+def test_markers_are_found():
+    samples = generate_samples(PathfinderSpec.preset(128), range(40), num_workers=1)
+    found = find_markers(torch.from_numpy(samples.image), 3).numpy()
+    true = samples.markers
+    either = [np.abs(found - order).max((1, 2)) for order in (true, true[:, ::-1])]
+    assert (np.minimum(*either) <= 2).mean() > 0.9
+
+
+def test_best_threshold():
+    generator = np.random.default_rng(0)
+    values, labels = generator.integers(0, 6, 50), generator.integers(0, 2, 50)
+    shares = [((values > cut) == labels).mean() for cut in range(-1, 7)]
+    assert best_threshold_accuracy(values, labels) == pytest.approx(max(*shares, *(1 - share for share in shares)))
+
+
+def test_accuracy():
+    low, high = wilson_interval(8, 10)
+    assert (low, high) == (pytest.approx(0.4901625, abs=1e-6), pytest.approx(0.9433178, abs=1e-6))
+    assert wilson_interval(0, 0) == [0.0, 1.0] and wilson_interval(5, 5)[1] == 1.0
+    result = accuracy_with_interval([0, 1, 1, 1], [0, 1, 0, 1])
+    assert result["accuracy"] == 0.75 and result["per_class"]["0"]["accuracy"] == 0.5
+    with pytest.raises(ValueError, match="2 predictions for 1"):
+        accuracy_with_interval([0, 1], [0])
