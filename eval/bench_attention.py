@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of `flash_models.attention` against PyTorch's scaled_dot_product_attention, in the same run.
+
+On CUDA the peers are the FlashAttention-2 and the cuDNN backend, in bfloat16, forward and backward separately, 16,384
+tokens a batch and heads * head_dim = 2,048, with 4 B H S^2 D floating-point operations in the forward (half of it when
+causal) and 2.5 times as many in the backward. On CPU the peer is PyTorch's own choice, in float32, and the cost of
+block-sparse attention is measured against its density.
+
+Every case is verified before it is timed: the error of the first head, output and gradients, must be at most twice
+that of plain PyTorch in the same dtype, both against float32 (CUDA) or float64 (CPU). Inputs are normal random numbers.
+A time is the median of many runs, on CUDA with the L2 cache flushed between them. The backward is that of a retained
+graph.
+
+    python eval/bench_attention.py                 # everything
+    python eval/bench_attention.py --quick         # three lengths, no dropout
+    python eval/bench_attention.py --device cpu
+
+Writes a CSV file and a figure to eval/results/; the last line on stdout is one JSON object.
+"""
+
+import argparse
+import csv
+import json
+import math
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from figures import LABELS, draw_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import flash_models
+from flash_models import layouts
+from flash_models.reference import attention_reference
+
+
+@dataclass(frozen=True)
+class Case:
+    head_dim: int
+    causal: bool
+    seqlen: int
+    batch: int
+    heads: int
+    dropout: float = 0.0
+    window: int | None = None  # tokens; None is dense
+
+    def layout(self, device):
+        return None if self.window is None else layouts.local(self.seqlen, self.window, device=device)
+
+    def flop(self, density):
+        return 4 * self.batch * self.heads * self.seqlen**2 * self.head_dim * density * (0.5 if self.causal else 1)
+
+
+def cuda_cases(quick, dropouts):
+    lengths = [1024, 4096, 16384] if quick else [512, 1024, 2048, 4096, 8192, 16384]
+    return [
+        Case(head_dim, causal, seqlen, 16384 // seqlen, 2048 // head_dim, dropout)
+        for dropout in ([0.0] if quick else dropouts)
+        for head_dim in (64, 128)
+        for causal in (False, True)
+        for seqlen in lengths
+    ]
+
+
+def cpu_cases(quick):
+    lengths = [512, 2048] if quick else [512, 1024, 2048, 4096]
+    longest = lengths[-1]
+    dense = [Case(64, causal, seqlen, 1, 4) for causal in (False, True) for seqlen in lengths]
+    return dense + [Case(64, False, longest, 1, 4, window=w) for w in (longest // 16, longest // 8, longest // 4)]
+
+
+def peers(case, device):
+    """name -> (function of q, k, v; whether it wants heads before the sequence)."""
+    layout = case.layout(device)
+
+    def ours(q, k, v):
+        return flash_models.attention(q, k, v, causal=case.causal, dropout_p=case.dropout, layout=layout)
+
+    def sdpa(backends):
+        def call(q, k, v):
+            with sdpa_kernel(backends):
+                return scaled_dot_product_attention(q, k, v, is_causal=case.causal, dropout_p=case.dropout)
+
+        return call
+
+    if device.type == "cpu":
+        return {"flash_models": (ours, False), "sdpa": (sdpa([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), True)}
+    return {
+        "flash_models": (ours, False),
+        "fa2": (sdpa([SDPBackend.FLASH_ATTENTION]), True),
+        "cudnn": (sdpa([SDPBackend.CUDNN_ATTENTION]), True),
+    }
+
+
+def verify(case, inputs, dout):
+    """Largest error of output and gradients of the first head, as a multiple of plain PyTorch's. Exits if above 2."""
+    device = inputs[0].device
+    layout = case.layout(device)
+    options = {"causal": case.causal, "dropout_p": case.dropout, "layout": layout}
+    torch.manual_seed(0)
+    out = flash_models.attention(*inputs, **options)
+    results = [out, *torch.autograd.grad(out, inputs, dout)]
+    torch.manual_seed(0)
+    rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
+    first = [t[:1, :, :1] for t in (*inputs, dout)]
+    truth, plain = [], []
+    for values, dtype in ((truth, torch.float32 if device.type == "cuda" else torch.float64), (plain, out.dtype)):
+        q, k, v, first_dout = (t.detach().to(dtype).requires_grad_() for t in first)
+        out, _ = attention_reference(q, k, v, **options, rng_state=rng_state, dtype=dtype)
+        values += [out.detach(), *torch.autograd.grad(out, (q, k, v), first_dout)]
+    worst = 0.0
+    for name, result, exact, other in zip(("out", "dq", "dk", "dv"), results, truth, plain, strict=True):
+        noise = torch.finfo(result.dtype).eps * exact.abs().max()
+        ratio = ((result[:1, :, :1] - exact).abs().max() / ((other - exact).abs().max() + noise / 2)).item()
+        if not ratio <= 2:
+            sys.exit(f"{case}: the error of {name} is {ratio:.2f} times that of plain PyTorch, more than 2: not timed")
+        worst = max(worst, ratio)
+    return worst
+
+
+def milliseconds(fn, device):
+    """Median time of `fn`."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(fn, warmup=20, rep=60, return_mode="median")
+    times = []
+    fn()
+    while len(times) < 3 or sum(times) < 0.5 and len(times) < 30:
+        start = time.perf_counter()
+        fn()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def forward_and_backward(fn, tensors, dout, device):
+    """Milliseconds of either."""
+    out = fn(*tensors)
+    forward = milliseconds(lambda: fn(*tensors), device)
+    return forward, milliseconds(lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True), device)
+
+
+def measure(case, device):
+    """Two rows, forward and backward: ms and TFLOP/s of each peer."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = (case.batch, case.seqlen, case.heads, case.head_dim)
+    torch.manual_seed(0)
+    *inputs, dout = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
+    inputs = [t.requires_grad_() for t in inputs]
+    error = verify(case, inputs, dout)
+    layout = case.layout(device)
+    density = 1.0 if layout is None else layout.density
+    fields = dict(vars(case), causal=int(case.causal), window=case.window or "", density=round(density, 4))
+    rows = [dict(fields, direction=direction, error_ratio=round(error, 3)) for direction in ("forward", "backward")]
+    flop = case.flop(density)
+    for name, (fn, heads_first) in peers(case, device).items():
+        tensors, gradient = inputs, dout
+        if heads_first:
+            *tensors, gradient = (t.detach().transpose(1, 2).contiguous() for t in (*inputs, dout))
+            tensors = [t.requires_grad_() for t in tensors]
+        try:
+            times = forward_and_backward(fn, tensors, gradient, device)
+        except RuntimeError as refusal:
+            if name == "flash_models":
+                raise
+            print(f"{name} does not take {case}: {str(refusal).splitlines()[0]}", file=sys.stderr)
+            continue
+        for row, ms, factor in zip(rows, times, (1, 2.5), strict=True):
+            row[f"{name}_ms"] = round(ms, 4)
+            row[f"{name}_tflops"] = round(flop * factor / ms / 1e9, 4 if device.type == "cpu" else 1)
+    for row in rows:
+        for name in ("fa2", "cudnn", "sdpa"):
+            if f"{name}_ms" in row:
+                row[f"speedup_over_{name}"] = round(row[f"{name}_ms"] / row["flash_models_ms"], 3)
+    return rows
+
+
+def _processor():
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
+def conditions(device):
+    def output_of(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    commit = output_of("git", "rev-parse", "--short", "HEAD").strip() or "unknown"
+    facts = {"commit": commit + ("+changes" if output_of("git", "status", "--porcelain").strip() else "")}
+    facts |= {"flash_models": flash_models.__version__, "torch": torch.__version__}
+    if device.type == "cuda":
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+        facts |= {"gpu": torch.cuda.get_device_name(), "driver": driver[0] if driver else "unknown"}
+        facts |= {"cudnn": torch.backends.cudnn.version(), "dtype": "bfloat16"}
+    else:
+        facts |= {"cpu": _processor(), "threads": torch.get_num_threads()}
+        facts |= {"capability": torch.backends.cpu.get_cpu_capability(), "dtype": "float32"}
+    return facts
+
+
+def print_table(rows, header):
+    peers = [name for name in LABELS if f"speedup_over_{name}" in rows[0]]
+    unit = "GFLOP/s" if "sdpa" in peers else "TFLOP/s"
+    if header:
+        print(f"  D mask   dropout density     S pass      flash-models: ms  {unit}", end="")
+        print("".join(f"{LABELS[name]:>26}: ms  ratio" for name in peers))
+    for row in rows:
+        mask = "causal" if row["causal"] else "full"
+        rate = row["flash_models_tflops"] * (1 if unit == "TFLOP/s" else 1e3)
+        text = f"{row['head_dim']:>3} {mask:<7}{row['dropout']:>7} {row['density']:>7.3f} {row['seqlen']:>5} "
+        text += f"{row['direction']:<9}{row['flash_models_ms']:>17.3f} {rate:>8.1f}"
+        text += "".join(f"{row[f'{name}_ms']:>30.3f} {row[f'speedup_over_{name}']:>6.2f}" for name in peers)
+        print(text, flush=True)
+
+
+def write_csv(rows, facts, path):
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", newline="") as file:
+        file.write("# " + ", ".join(f"{key} {value}" for key, value in facts.items()) + "\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def summary(rows):
+    """Geometric mean and minimum of the speed-up over each peer, per dropout and direction."""
+    result = {}
+    for name in ("fa2", "cudnn", "sdpa"):
+        for row in rows:
+            if f"speedup_over_{name}" in row and not row["window"]:
+                key = f"{row['direction']}_over_{name}" + (f"_dropout_{row['dropout']}" if row["dropout"] else "")
+                result.setdefault(key, []).append(row[f"speedup_over_{name}"])
+    return {
+        key: {"geomean": round(math.exp(statistics.fmean(map(math.log, values))), 3), "min": min(values)}
+        for key, values in result.items()
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="few lengths, no dropout")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="CUDA only (default: 0 and 0.1)")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    facts = conditions(device)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    rows = []
+    for case in cuda_cases(args.quick, args.dropout) if device.type == "cuda" else cpu_cases(args.quick):
+        rows += measure(case, device)
+        print_table(rows[-2:], header=len(rows) == 2)
+    machine = re.sub(r"[^a-z0-9]+", "-", facts.get("gpu", "cpu").lower().removeprefix("nvidia ")).strip("-")
+    name = f"attention-{machine}-torch{torch.__version__.split('+')[0]}" + ("-quick" if args.quick else "")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / f"{name}.csv"
+    write_csv(rows, facts, path)
+    draw_attention(rows, facts, path.with_suffix(".png"))
+    print(json.dumps({"benchmark": "attention", **facts, **summary(rows), "csv": str(path)}))
+
+
+if __name__ == "__main__":
+    main()

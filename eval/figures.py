@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of the benchmarks, drawn from the rows that they measured."""
+
+from matplotlib.figure import Figure
+
+LABELS = {
+    "flash_models": "flash-models",
+    "cudnn": "cuDNN (SDPA)",
+    "fa2": "FlashAttention-2 (SDPA)",
+    "sdpa": "PyTorch SDPA",
+}
+COLORS = {"flash_models": "#d1495b", "cudnn": "#2e4057", "fa2": "#8d96a3", "sdpa": "#8d96a3"}
+
+
+def _select(rows, **values):
+    return [row for row in rows if all(row[key] == value for key, value in values.items())]
+
+
+def draw_attention(rows, facts, path):
+    """Speed over length: a line of panels for each (dropout, pass), a column for each (head_dim, mask).
+
+    rows: dicts with the columns of bench_attention.py. Block-sparse rows, which have a `window`, get a column of their
+    own: time over density. `facts`: the conditions, printed above. Written to `path`, a PNG file.
+    """
+    dense, sparse = [row for row in rows if row["window"] == ""], [row for row in rows if row["window"] != ""]
+    lines = sorted({(row["dropout"], row["direction"]) for row in dense}, key=lambda line: (line[0], line[1][0] != "f"))
+    columns = sorted({(row["head_dim"], row["causal"]) for row in dense})
+    width = len(columns) + bool(sparse)
+    figure = Figure(figsize=(3.3 * width, 2.6 * len(lines) + 0.7), layout="constrained")
+    panels = figure.subplots(len(lines), width, squeeze=False)
+    for line, (dropout, direction) in zip(panels, lines, strict=True):
+        for axes, (head_dim, causal) in zip(line, columns, strict=False):
+            panel = _select(dense, dropout=dropout, direction=direction, head_dim=head_dim, causal=causal)
+            _draw_speed(axes, panel)
+            title = f"{direction}, D {head_dim}, {'causal' if causal else 'full'}"
+            axes.set_title(title + (f", dropout {dropout}" if dropout else ""), fontsize=9)
+        line[0].set_ylabel("TFLOP/s")
+        if sparse:
+            longest = _select(rows, direction=direction, seqlen=sparse[0]["seqlen"], head_dim=sparse[0]["head_dim"])
+            _draw_density(line[-1], _select(longest, causal=sparse[0]["causal"], dropout=dropout))
+            line[-1].set_title(f"{direction}, S {sparse[0]['seqlen']}, block-sparse", fontsize=9)
+    for axes in panels[-1][: len(columns)]:
+        axes.set_xlabel("sequence length (tokens)")
+    panels[0][0].legend(fontsize=7)
+    figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_speed(axes, rows):
+    for name, label in LABELS.items():
+        points = [(row["seqlen"], row[f"{name}_tflops"]) for row in rows if f"{name}_tflops" in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLORS[name], label=label)
+    axes.set_xscale("log", base=2)
+    lengths = sorted({row["seqlen"] for row in rows})
+    axes.set_xticks(lengths, [f"{length // 1024}K" if length >= 1024 else str(length) for length in lengths])
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+
+
+def _draw_density(axes, rows):
+    points = sorted((row["density"], row["flash_models_ms"]) for row in rows)
+    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLORS["flash_models"])
+    axes.set(xlim=(0, 1.05), ylim=(0, None), xlabel="density of the block layout", ylabel="milliseconds")
+    axes.grid(alpha=0.3)

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Path-X: are the two markers of a 128 x 128 Pathfinder image on one curve? 16,384 pixels, one token each.
+
+Evaluate (default), on a CPU, one GPU or several:
+    python eval/pathx.py --model_name_or_path model_cards/pathx-16k-flash
+    accelerate launch eval/pathx.py --model_name_or_path model_cards/pathx-16k-flash --num_eval_samples 20000
+Train through canvases of growing size, stop after 9 minutes, go on later:
+    accelerate launch --num_processes 2 --mixed_precision bf16 eval/pathx.py --do_train --torch_compile \\
+        --output_dir runs/pathx --max_train_minutes 9
+    (the same command) --resume_from_checkpoint runs/pathx
+Images come from eval/tasks/pathfinder.py, so nothing is downloaded. Training may use the generator's curve numbers as
+extra supervision (--curve_loss_weight 0 turns that off). The last line of stdout is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tasks.pathfinder import PathfinderDataset, PathfinderSpec
+from tasks.pathx_curriculum import DEFAULT_CURRICULUM, parse_curriculum
+from tasks.pathx_evaluation import GivenImages, evaluate_images, peak_memory_mib
+from tasks.pathx_figures import plot_log
+from tasks.pathx_model import check_fits, compile_layers, create_model, load_model
+from tasks.pathx_training import Trainer
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "warmup_stable_decay")
+
+
+def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model_name_or_path", help="checkpoint folder or Hub id; to train from scratch, leave out")
+    add("--config_name", help="JSON of a FlashBertConfig for a new model (default: 1.6 M parameters)")
+    add("--trust_remote_code", action="store_true", help="let a Hub checkpoint run its own code")
+    add("--output_dir", help="where everything is written (default for evaluation: eval/results/<model>)")
+    add("--seed", type=int, default=0, help="of the weights and of the training images")
+    add("--num_workers", type=int, help="image generator processes (default: CPU cores per process - 1)")
+    add("--rendering", nargs="+", choices=("lra", "original"), default=["lra"], help="one or both kinds of grey levels")
+    add("--torch_compile", action="store_true", help="torch.compile the model on CUDA")
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
+    add("--num_eval_samples", type=int, default=2000, help="0: no evaluation after training")
+    add("--eval_split", choices=("test", "validation"), default="test")
+    add("--images_file", help="npz with images uint8 (n, S, S) and labels (n,), evaluated instead of generated ones")
+    add("--data_cache_dir", help="folder that keeps generated evaluation images")
+    add("--per_device_eval_batch_size", type=int, default=16)
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--do_train", action="store_true")
+    add(
+        "--curriculum",
+        default=curriculum,
+        help="stages size:contour_length:num_distractors:steps[:batch_size per device],... where an empty field is the "
+        "full task's (default: %(default)s)",
+    )
+    add("--per_device_train_batch_size", type=int, default=32, help="where a stage names none")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--learning_rate", type=float, default=7e-4)
+    add("--weight_decay", type=float, default=0.05)
+    add("--lr_scheduler_type", choices=SCHEDULES, default="warmup_stable_decay")
+    add("--num_warmup_steps", type=int, default=400)
+    add("--num_decay_steps", type=int, help="of warmup_stable_decay (default: a fifth of all steps)")
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--ema_decay", type=float, default=0.999, help="of the averaged weights that are evaluated and saved")
+    add("--curve_loss_weight", type=float, default=1.0, help="of the per-pixel loss on marked curves; 0: labels only")
+    add("--curve_loss_weight_end", type=float, default=0.3, help="the weight falls linearly to this")
+    add("--curve_loss_layers", default="half", help="half (every layer from the middle on), last, or such as 4,6,8")
+    add("--contrast_jitter", type=float, default=0.2, help="contrast factor 1 +- this, with the 8 symmetries")
+    add("--data_echo", type=int, default=1, help="times an image is used on average, if generating is slow")
+    add("--max_train_minutes", type=float, help="stop this long after the start and save the state")
+    add("--resume_from_checkpoint", help="output folder (or its checkpoint folder) of an earlier run: continue exactly")
+    add("--logging_steps", type=int, default=50)
+    add("--eval_steps", type=int, default=500, help="steps between short validations; also at each stage's end")
+    add("--num_validation_samples", type=int, default=512)
+    add("--checkpointing_steps", type=int, help="also save the state every so many steps")
+    add("--with_tracking", action="store_true")
+    add("--report_to", default="tensorboard")
+    add("--push_to_hub", action="store_true")
+    add("--hub_model_id")
+    add("--hub_token")
+    args = parser.parse_args(argv)
+    args.preset = preset
+    if not args.do_train and not args.model_name_or_path:
+        parser.error("give --model_name_or_path to evaluate, or --do_train")
+    if args.do_train and not args.output_dir:
+        parser.error("--do_train needs an --output_dir")
+    if args.do_train and args.images_file and args.num_eval_samples == 0:
+        parser.error("--images_file is for evaluation, but --num_eval_samples 0 turns evaluation off")
+    if min(args.gradient_accumulation_steps, args.data_echo, args.logging_steps, args.per_device_train_batch_size) < 1:
+        parser.error("batch size, accumulation, --data_echo and --logging_steps must be at least 1")
+    if not 0 <= args.seed < 4096:
+        parser.error(f"--seed must be 0 to 4095, got {args.seed}")
+    if args.push_to_hub and not args.hub_model_id:
+        parser.error("--push_to_hub needs a --hub_model_id, such as your-name/pathx-16k-flash")
+    if not args.output_dir:
+        args.output_dir = str(Path(__file__).parent / "results" / Path(args.model_name_or_path).name)
+    return args
+
+
+def writable_folder(path):
+    """Create it; raises SystemExit where that is refused."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"cannot create --output_dir {path}: {error}") from None
+    if not os.access(path, os.W_OK):
+        raise SystemExit(f"cannot write into --output_dir {path}; choose another or change its permissions")
+
+
+def train(args, accelerator, model):
+    """Returns (model to keep, finished). Saves the checkpoint when the curriculum is complete."""
+    stages = parse_curriculum(args.curriculum)
+    if args.with_tracking:
+        plain = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str)) and k != "hub_token"}
+        accelerator.init_trackers("pathx", config=plain)
+    trainer = Trainer(args, accelerator, model, stages)
+    if trainer.tracer.curve_layers:
+        layers = trainer.tracer.curve_layers
+        accelerator.print(f"curve loss on layers {layers}; its linear heads are not part of the checkpoint")
+    finished = trainer.run()
+    if accelerator.is_main_process:
+        plot_log(Path(args.output_dir) / "train_log.jsonl")
+    if finished:
+        kept = trainer.ema.to(torch.bfloat16)  # on every process, so that all evaluate what is saved
+        if accelerator.is_main_process:
+            kept.save_pretrained(args.output_dir)
+            if args.push_to_hub:
+                kept.push_to_hub(args.hub_model_id, token=args.hub_token)
+    return trainer, finished
+
+
+def evaluate(args, accelerator, model):
+    """The result of every rendering asked for (main process; None elsewhere)."""
+    model = model.float().to(accelerator.device).eval()
+    if args.torch_compile and accelerator.device.type == "cuda":
+        compile_layers(model)
+    results = {}
+    for name in [Path(args.images_file).stem] if args.images_file else args.rendering:
+        if args.images_file:
+            dataset = GivenImages(args.images_file)
+            size, source, key = dataset.size, Path(args.images_file).name, dataset.digest
+            spec = PathfinderSpec.preset(size if size in (32, 64, 128, 256) else args.preset)
+        else:
+            spec = PathfinderSpec.preset(args.preset)
+            size, source, key = spec.size, args.eval_split, f"{spec} {args.eval_split} {name}"
+            show = accelerator.is_local_main_process
+            options = {"rendering": name, "cache_dir": args.data_cache_dir, "progress": show}
+            dataset = PathfinderDataset(spec, args.eval_split, args.num_eval_samples, **options)
+        check_fits(model.config, size)
+        result = evaluate_images(model, dataset, name, spec.marker_radius, key, args, accelerator)
+        results[name] = {"source": source, "size": size, **result} if result else None
+    return results
+
+
+def main(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
+    started = time.monotonic()
+    args = parse_args(argv, preset, curriculum)
+    writable_folder(args.output_dir)
+    on_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "") not in ("1", "true", "yes")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if on_cuda else "no",
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to if args.with_tracking else None,
+        project_dir=args.output_dir,
+    )
+    if args.num_workers is None:
+        args.num_workers = max(0, len(os.sched_getaffinity(0)) // accelerator.num_processes - 1)
+    set_seed(args.seed)
+    try:
+        if args.model_name_or_path:
+            model = load_model(args.model_name_or_path, args.trust_remote_code)
+        else:
+            model = create_model(preset, args.config_name)
+        report = {"task": f"pathfinder-{preset}", "model": args.model_name_or_path or args.output_dir}
+        finished = True
+        if args.do_train:
+            trainer, finished = train(args, accelerator, model)
+            model = trainer.ema
+            report["training"] = {"finished": finished, "steps": trainer.global_step, "of": trainer.total}
+        if finished and args.num_eval_samples:
+            report["results"] = evaluate(args, accelerator, model)
+    except (ValueError, OSError) as error:  # a wrong argument or file: the message says which, a traceback hides it
+        raise SystemExit(f"pathx.py: {error}") from None
+    report["device"] = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
+    report["num_processes"] = accelerator.num_processes
+    report["dtype"] = {"bf16": "bfloat16"}.get(accelerator.mixed_precision, "float32")
+    report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    report["peak_memory_mib"] = round(peak_memory_mib(accelerator.device))
+    report["seconds"] = round(time.monotonic() - started, 1)
+    if accelerator.is_main_process:
+        (Path(args.output_dir) / "all_results.json").write_text(json.dumps(report, indent=1) + "\n")
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        sys.stderr.flush()
+        print(json.dumps(report), flush=True)
+    return report
+
+
+if __name__ == "__main__":
+    main()

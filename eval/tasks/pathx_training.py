@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the Path-X and Path-256 classifiers: curriculum, losses, EMA weights, exact resume, clean stop."""
+
+import copy
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+from metrics.accuracy import wilson_interval
+from tasks.pathfinder import generate_batch, split_seed
+from tasks.pathx_curriculum import Chunks, ImageSource
+from tasks.pathx_evaluation import bar_interval, predict
+from tasks.pathx_model import PathTracer, augment, check_fits, compile_layers, prepare_batch
+from tasks.pathx_state import find_state, gather_tensors, load_state, restore_tensors, save_state
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+# arguments on which the images and updates still to come depend
+EXACT = ("curriculum", "seed", "learning_rate", "data_echo", "gradient_accumulation_steps", "rendering")
+STOP_EVERY = 10  # steps between two looks, by several processes, at whether one of them was told to stop
+
+
+def curve_layers(text, num_layers):
+    """Layers (1-based) whose output the curve loss reads: "half" = from the middle on, "last", or "4,6,8"."""
+    if text in ("half", "last"):
+        return list(range(num_layers // 2 if text == "half" else num_layers, num_layers + 1))
+    try:
+        layers = sorted({int(layer) for layer in text.split(",")})
+    except ValueError:
+        layers = [0]
+    if not 1 <= layers[0] <= layers[-1] <= num_layers:
+        raise ValueError(f"--curve_loss_layers {text!r}: give half, last, or layers 1 to {num_layers} such as 4,6,8")
+    return layers
+
+
+def parameter_groups(module, weight_decay):
+    """Weight decay for matrices alone: not for biases, norms and embeddings."""
+    plain = [p for n, p in module.named_parameters() if p.ndim < 2 or "embeddings" in n]
+    decayed = [p for n, p in module.named_parameters() if p.ndim >= 2 and "embeddings" not in n]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+class Trainer:
+    """args: the namespace of pathx.py. `run` returns True when the curriculum is complete, False when it was stopped
+    earlier (time limit or signal); the state is saved in both cases. `ema` is then the model to keep."""
+
+    def __init__(self, args, accelerator, model, stages):
+        self.args, self.accelerator, self.stages = args, accelerator, stages
+        self.processes = accelerator.num_processes
+        for stage in stages:
+            check_fits(model.config, stage.size)
+        self.config = model.config
+        self.ema = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
+        layers = curve_layers(args.curve_loss_layers, self.config.num_hidden_layers) if args.curve_loss_weight else []
+        self.tracer = PathTracer(model, layers)
+        self.folder = Path(args.output_dir)
+        self.total = sum(stage.steps for stage in stages)
+        self.stage = self.step = self.global_step = 0
+        self.deadline = time.monotonic() + 60 * args.max_train_minutes if args.max_train_minutes else math.inf
+        self.interrupted = False
+        self.validation = {}
+        self.tracer.to(accelerator.device)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.tracer, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.98), fused=True
+        )
+        extra = {"num_decay_steps": args.num_decay_steps or self.total // 5}
+        schedule = get_scheduler(
+            args.lr_scheduler_type,
+            self.optimizer,
+            args.num_warmup_steps,
+            self.total,
+            extra if args.lr_scheduler_type == "warmup_stable_decay" else None,
+        )
+        self.learning_rate = lambda step: args.learning_rate * schedule.lr_lambdas[0](step)
+        if args.resume_from_checkpoint:
+            self._restore(args.resume_from_checkpoint)
+        elif (self.folder / "checkpoint").exists():
+            raise ValueError(
+                f"{self.folder} holds the training state of an earlier run; go on with it (--resume_from_checkpoint "
+                f"{self.folder}) or choose another --output_dir"
+            )
+        if accelerator.is_main_process:
+            self._cut_log()
+        if args.torch_compile and accelerator.device.type == "cuda":
+            compile_layers(model)
+        self.parallel, self.prepared = accelerator.prepare(self.tracer, self.optimizer)
+
+    def run(self):
+        previous = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        main = self.accelerator.is_main_process
+        self.bar = tqdm(total=self.total, initial=self.global_step, disable=not main, mininterval=bar_interval())
+        try:
+            while self.stage < len(self.stages):
+                finished = self._run_stage(self.stages[self.stage])
+                if finished:
+                    self._validate()
+                    self.stage, self.step = self.stage + 1, 0
+                complete = self.stage == len(self.stages)
+                if complete or not finished or self._must_stop():
+                    self._save()
+                    return complete
+            return True
+        finally:
+            self.bar.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _run_stage(self, stage):
+        args, device = self.args, self.accelerator.device
+        batch_size = stage.batch_size or args.per_device_train_batch_size
+        if batch_size % args.data_echo:
+            raise ValueError(f"batch size {batch_size} is not a multiple of --data_echo {args.data_echo}")
+        micro, world = args.gradient_accumulation_steps, self.processes
+        chunks = Chunks(stage.spec(args.preset), batch_size // args.data_echo, args.rendering, self.stage, args.seed)
+        chunks[0]  # compiles the generator once, before the workers are forked
+        span = (self.step * micro, stage.steps * micro)
+        rank = self.accelerator.process_index
+        workers = args.num_workers
+        batches = iter(ImageSource(chunks, batch_size, args.data_echo, *span, rank, world, workers, device))
+        self.tracer.train()
+        self._reset_log()
+        while self.step < stage.steps:
+            # One seed a step makes augmentation, dropout and reuse the same after a resume.
+            torch.manual_seed((args.seed * 1_000_003 + self.global_step) * 4096 + rank)
+            progress = self.global_step / max(1, self.total - 1)
+            curve_weight = args.curve_loss_weight + progress * (args.curve_loss_weight_end - args.curve_loss_weight)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(self.global_step)
+            for _ in range(micro):
+                with self.accelerator.accumulate(self.parallel):
+                    images, trace, labels = next(batches)
+                    images, trace = augment(images, trace, args.contrast_jitter)
+                    ids, trace = prepare_batch(images, trace, self.config)
+                    label_loss, curve_loss, stats = self.parallel(ids, trace, labels)
+                    self.accelerator.backward(label_loss + curve_weight * curve_loss)
+                    if self.accelerator.sync_gradients:
+                        self.accelerator.clip_grad_norm_(self.parallel.parameters(), args.max_grad_norm)
+                    self.prepared.step()
+                    self.prepared.zero_grad()
+                    losses = torch.stack((label_loss.detach(), curve_loss.detach()))
+                    self.sums += torch.cat((losses, stats, torch.ones_like(losses[:1])))
+                    self.images += len(labels) * world
+            self._update_ema()
+            self.step, self.global_step = self.step + 1, self.global_step + 1
+            self.bar.update()
+            if self.step % args.logging_steps == 0:
+                self._log(curve_weight)
+            if args.eval_steps and self.step % args.eval_steps == 0 and self.step < stage.steps:
+                self._validate()
+            if args.checkpointing_steps and self.global_step % args.checkpointing_steps == 0:
+                self._save()
+            if self.step < stage.steps and self._must_stop():
+                return False
+        return True
+
+    @torch.no_grad()
+    def _update_ema(self):
+        decay = min(self.args.ema_decay, (1 + self.global_step) / (10 + self.global_step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.tracer.model.parameters()), 1 - decay)
+
+    def _interrupt(self, number, frame):
+        self.interrupted = True
+
+    def _must_stop(self):
+        stop = self.interrupted or time.monotonic() > self.deadline
+        if self.processes == 1:
+            return stop
+        if self.step % STOP_EVERY:
+            return False
+        return self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device)).item() > 0
+
+    def _reset_log(self):
+        self.sums = torch.zeros(6, device=self.accelerator.device)
+        self.images, self.since = 0, time.monotonic()
+
+    def _log(self, curve_weight):
+        sums = self.accelerator.reduce(self.sums, "sum").tolist()
+        count = sums[5]
+        record = {
+            "label_loss": sums[0] / count,
+            "label_accuracy": sums[2] / count,
+            "curve_loss": sums[1] / count,
+            "curve_iou": sums[3] / max(1.0, sums[4]),
+            "loss": (sums[0] + curve_weight * sums[1]) / count,
+            "images_per_second": self.images / (time.monotonic() - self.since),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        if not math.isfinite(record["loss"]):
+            raise FloatingPointError(
+                f"the loss is {record['loss']} at step {self.global_step}; lower --learning_rate or raise "
+                f"--num_warmup_steps and resume from the last saved state"
+            )
+        self._write("train", record)
+        self._reset_log()
+
+    def _cut_log(self):
+        """Leave out what a run that was killed wrote after its last state."""
+        path = self.folder / "train_log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if json.loads(line)["global_step"] <= self.global_step))
+
+    def _write(self, event, record):
+        record = {k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}
+        if self.args.with_tracking:
+            numbers = {f"{event}/{k}": v for k, v in record.items() if isinstance(v, (int, float))}
+            self.accelerator.log(numbers, step=self.global_step)
+        if self.accelerator.is_main_process:
+            place = {"stage": self.stage + 1, "step": self.step, "global_step": self.global_step}
+            line = {"event": event, **place, **record}
+            with open(self.folder / "train_log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+            tqdm.write(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))
+
+    def _validate(self):
+        """Accuracy of the EMA weights on validation images of the stage under way."""
+        args, accelerator = self.args, self.accelerator
+        if not args.num_validation_samples:
+            return
+        stage = self.stages[self.stage]
+        if self.stage not in self.validation:
+            share = range(accelerator.process_index, args.num_validation_samples, accelerator.num_processes)
+            seeds = [split_seed("validation", index) for index in share]
+            samples = generate_batch(stage.spec(args.preset), seeds, args.rendering[0], num_workers=args.num_workers)
+            self.validation = {self.stage: samples}
+        images, labels = self.validation[self.stage]
+        begun = time.monotonic()
+        batch = args.per_device_eval_batch_size
+        chosen = predict(self.ema, torch.as_tensor(images), batch, accelerator) > 0.5
+        right = (chosen == torch.as_tensor(labels).bool()).sum()
+        counts = torch.stack((right, torch.tensor(len(labels)))).to(accelerator.device)
+        hits, total = accelerator.reduce(counts, "sum").tolist()
+        record = {"accuracy": hits / total, "ci95": [round(x, 4) for x in wilson_interval(hits, total)]}
+        self._write("validation", {**record, "num_samples": total, "seconds": time.monotonic() - begun})
+        self.since += time.monotonic() - begun
+
+    def _save(self):
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            position = {"stage": self.stage, "step": self.step, "global_step": self.global_step}
+            arguments = {key: getattr(self.args, key) for key in EXACT} | {"num_processes": self.processes}
+            tensors = gather_tensors(self.tracer, self.ema, self.optimizer)
+            save_state(self.folder / "checkpoint", tensors, {**position, "arguments": arguments})
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, folder):
+        parts, state = load_state(folder)
+        restore_tensors(parts, find_state(folder), self.tracer, self.ema, self.optimizer, state["global_step"])
+        self.stage, self.step = state["stage"], state["step"]
+        self.global_step = sum(stage.steps for stage in self.stages[: self.stage]) + self.step
+        now = {key: getattr(self.args, key) for key in EXACT} | {"num_processes": self.processes}
+        for key, value in state["arguments"].items():
+            if now[key] != value:
+                tqdm.write(f"resume: {key} was {value!r} and is now {now[key]!r}; not an exact continuation")
