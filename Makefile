@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# make test     build the kernels (CUDA too where nvcc is found) and run every test
+# make demo     evaluate the Path-X checkpoint on 64 images: accuracy and a figure
+# make bench    time attention against PyTorch's own
+# make sanitize  every CUDA kernel under compute-sanitizer: memory errors and races
+# make lint     what pre-commit checks; `make format` repairs what it can
+# make kernels  only the library, straight into flash_models/, rebuilt where a source changed
+#
+# Everything is installed once, into .venv. On a machine that has its own torch and no package index, use that one and
+# install nothing: make test VENV= PYTHON=python3 (needs cmake >= 3.26, ninja, pytest).
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS = -c constraints.txt
+SOURCES := pyproject.toml $(shell find kernels -name '*.txt' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
+CHECKPOINT ?= model_cards/pathx-16k-flash
+
+ifeq ($(VENV),)
+PY = PYTHONPATH="$(CURDIR)" $(PYTHON)
+READY = flash_models/_kernels.so
+else
+PY = $(VENV)/bin/python
+WITH_TOOLS = PATH="$(abspath $(VENV))/bin:$$PATH"
+READY = $(VENV)/.installed
+endif
+
+.PHONY: test demo bench sanitize lint format kernels clean
+
+test: $(READY)
+	$(PY) -m pytest
+
+demo: $(READY)
+	$(PY) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	    --num_cpu_threads_per_process $$(nproc) \
+	    eval/pathx.py --model_name_or_path $(CHECKPOINT) --num_eval_samples 64
+
+bench: $(READY)
+	$(PY) eval/bench_attention.py
+
+sanitize: $(READY)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH="$(CURDIR)" compute-sanitizer --tool memcheck --error-exitcode 1 $(lastword $(PY)) tests/run_every_kernel.py
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH="$(CURDIR)" compute-sanitizer --tool racecheck --error-exitcode 1 $(lastword $(PY)) tests/run_every_kernel.py
+
+lint: $(READY)
+	$(WITH_TOOLS) pre-commit run --all-files
+
+format: $(READY)
+	$(WITH_TOOLS) ruff check --fix .
+	$(WITH_TOOLS) ruff format .
+	$(WITH_TOOLS) clang-format -i $$(find kernels tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+kernels: flash_models/_kernels.so
+
+clean:
+	rm -rf build dist flash_models/_kernels.so
+
+# torch first: the build reads its headers. The build tools come from the same environment, so that a later build finds
+# the compiled files of this one still good.
+$(VENV)/.packages: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $(CONSTRAINTS) torch numpy
+	$(VENV)/bin/pip install --quiet $(CONSTRAINTS) scikit-build-core cmake ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.packages $(SOURCES)
+	$(WITH_TOOLS) pip install --quiet $(CONSTRAINTS) --no-build-isolation --editable '.[dev]'
+	$(PY) -c "import flash_models; print(flash_models.info())"
+	touch $@
+
+flash_models/_kernels.so: $(SOURCES)
+	cmake -S kernels -B build/local -G Ninja -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
+	cmake --build build/local
+	cmake --install build/local --prefix . --strip
+	touch $@
