@@ -12,7 +12,7 @@ mean over images of some statistics for both sets, and z, their difference in st
   and most are equal to it; distance: between their centres, in pixels;
 * exact: of the pixels above 40 outside the markers of such images, the fraction covered by dash templates that match
   the image in every pixel above 40, to the grey level. Dashes that touch others do not match, so that our own images
-  do not reach 1 either, and at 32, where all dashes are two pixels apart, hardly anything matches.
+  do not reach 1 either, least of all at 64, where dashes are two pixels apart.
 
 The last line is a JSON object with all of it and the largest difference of the 16-bin histograms.
 """

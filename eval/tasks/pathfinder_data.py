@@ -52,7 +52,7 @@ class PathfinderDataset(Dataset):
     The cache is a folder of .npy shards of 2,000 images. A .json with rows and checksums is written after the arrays of
     its shard and vouches for them: an interrupted cache is continued, and a damaged shard is reported and made anew.
     If `cache_dir` is None or can not be written (one warning per folder) the images stay in memory. A cache serves any
-    num_samples, and several processes may fill it at a time.
+    num_samples, and several processes may fill it at a time. progress: show a bar; num_workers: threads.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class PathfinderDataset(Dataset):
                     raise ValueError(f"{self._path(shard, part).name} does not match its checksum")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"shard {shard} of {self.folder} is damaged and made anew: {error}", stacklevel=3)
             return None
         return arrays

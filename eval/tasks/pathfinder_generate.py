@@ -131,7 +131,7 @@ def split_seed(split: str, index: int, base_seed: int = 0) -> int:
         raise ValueError(
             f"index {index} must be in [0, 2^{INDEX_BITS}), base_seed {base_seed} in [0, 2^{BASE_SEED_BITS})"
         )
-    return (list(SPLITS).index(split) << INDEX_BITS + BASE_SEED_BITS) | (base_seed << INDEX_BITS) | int(index)
+    return (list(SPLITS).index(split) << INDEX_BITS + BASE_SEED_BITS) | (int(base_seed) << INDEX_BITS) | int(index)
 
 
 @functools.lru_cache(maxsize=8)
@@ -166,8 +166,8 @@ def prepare(spec):
 def _drawing(spec, rendering):
     tables = prepare(spec)[0]
     starts, values = dash_templates(tables.lines, rendering)
-    contrasts = np.array([spec.target_contrast, spec.distractor_contrast], np.float32)
-    level = np.float32(CURVE_LEVEL * values.max())
+    contrasts = np.array([spec.target_contrast, spec.distractor_contrast])
+    level = CURVE_LEVEL * values.max()
     return tables.halves, contrasts, (starts, values, level), marker_templates(spec.marker_radius, rendering)
 
 

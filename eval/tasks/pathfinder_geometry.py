@@ -77,12 +77,12 @@ def record(dash, curve, which, curve_id):
 
 @jit
 def begin(curve, y, x, heading, margin, rules, turns):
-    """Start a curve with a dash from (y, x); False if its head or its pivot is outside the image."""
+    """Start a curve with a dash from (y, x); False if an end of it or its pivot is outside the image."""
     size, length = rules[0], rules[2]
     hy, hx = step(y, length, turns[0][heading]), step(x, length, turns[1][heading])
     py, px = step(hy, length + margin, turns[2][heading]), step(hx, length + margin, turns[3][heading])
     curve[0], curve[1], curve[2], curve[3], curve[4] = py, px, heading, y, x
-    return 0 <= min(hy, hx, py, px) and max(hy, hx, py, px) < size
+    return 0 <= min(y, x, hy, hx, py, px) and max(y, x, hy, hx, py, px) < size
 
 
 @jit
@@ -146,9 +146,9 @@ def place_pair(dashes, curves, which, canvas, sums, state, rules, moves):
     begun = False
     for _ in range(tries):
         heading = margins[1][which] + below(state, DEGREES)
-        angle = below(state, DEGREES) * np.pi / 180
-        y = np.int64(np.rint(curves[0, 3] + distance * np.sin(angle)))
-        x = np.int64(np.rint(curves[0, 4] + distance * np.cos(angle)))
+        around = margins[1][which] + (below(state, DEGREES) + DEGREES // 2) % DEGREES
+        y = np.int64(np.rint(curves[0, 3] + distance * turns[0][around]))
+        x = np.int64(np.rint(curves[0, 4] + distance * turns[1][around]))
         begun = begin(curves[1], y, x, heading, margin, rules, turns)
         if begun:
             break

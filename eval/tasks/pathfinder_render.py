@@ -11,6 +11,8 @@ al. 2018 (github.com/drewlinsley/pathfinder) does. Two renderings:
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit
 from PIL import Image, ImageDraw
@@ -47,24 +49,24 @@ def dilate(stack, radius):
 def draw_line(angle, length, half, width):
     """uint8 (4 half + 1, 4 half + 1), 0 or 255: a line from the centre, its end rounded up."""
     centre = SCALE * half
-    y = int(np.ceil(centre + SCALE * length * np.sin(angle)))
-    x = int(np.ceil(centre + SCALE * length * np.cos(angle)))
+    y = math.ceil(centre + SCALE * length * math.sin(angle))
+    x = math.ceil(centre + SCALE * length * math.cos(angle))
     image = Image.new("L", (2 * centre + 1, 2 * centre + 1))
     ImageDraw.Draw(image).line([(centre, centre), (x, y)], fill=255, width=width)
     return np.asarray(image)
 
 
 def resample(fine, size, rendering):
-    """LANCZOS of uint8 `fine` to float32 (size, size) with full coverage = 1, by the rule of `rendering`."""
+    """LANCZOS of uint8 `fine` to float64 (size, size) with full coverage = 1, by the rule of `rendering`."""
     white = 255 if rendering == "original" else 1
     source = fine if rendering == "original" else fine.astype(np.float32) / 255
     small = Image.fromarray(source).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(small, dtype=np.float32) / np.float32(white)
+    return np.asarray(small, dtype=np.float64) / white
 
 
 def dash_templates(lines, rendering):
     """`lines`: one uint8 (n, 4 half + 1, 4 half + 1) per margin -> (starts int64 of each template in the flat values,
-    values float32). Templates of a margin are (2 half + 1, 2 half + 1) with the drawn end of the dash at the centre."""
+    values float64). Templates of a margin are (2 half + 1, 2 half + 1) with the drawn end of the dash at the centre."""
     flat = [resample(line, (line.shape[0] + 1) // 2, rendering).ravel() for stack in lines for line in stack]
     return np.cumsum([0] + [len(t) for t in flat[:-1]]), np.concatenate(flat)
 
@@ -80,7 +82,7 @@ def marker_border(radius):
 
 
 def marker_templates(radius, rendering):
-    """float32 (n, n, w, w): markers by distance from the borders of the image.
+    """float64 (n, n, w, w): markers by distance from the borders of the image.
 
     The filter is cut off at a border, so a marker within n // 2 pixels of one looks different. Index i < n // 2 is the
     distance from the low border, n // 2 means far from both, n - 1 - i is the distance from the high border.
@@ -88,7 +90,7 @@ def marker_templates(radius, rendering):
     near, reach = marker_border(radius), marker_reach(radius)
     size = 2 * near + 1
     grid = np.arange(SCALE * size)
-    out = np.zeros((size, size, 2 * reach + 1, 2 * reach + 1), np.float32)
+    out = np.zeros((size, size, 2 * reach + 1, 2 * reach + 1))
     for y in range(size):
         for x in range(size):
             inside = (grid[:, None] - SCALE * y) ** 2 + (grid[None, :] - SCALE * x) ** 2 <= (SCALE * radius) ** 2
@@ -110,14 +112,14 @@ def draw(dashes, counts, markers, size, pad, halves, contrasts, templates, marke
     """Draw images.
 
     dashes int32 (B, n, 5): y, x, heading, margin index, curve id; counts (B,): dashes of each image; markers int64
-    (B, 2, 2): y, x; contrasts float32 (2,): of targets and distractors; templates: (starts, values, value from which a
+    (B, 2, 2): y, x; contrasts float64 (2,): of targets and distractors; templates: (starts, values, value from which a
     pixel belongs to a curve); floats: the "lra" rule, else the "original" one. Out: images uint8 (B, size, size), and
     curves the same or empty: the id of the brightest dash of each pixel, of equally bright ones the first placed.
     """
     template_at, template, level = templates
     classes, reach = marker.shape[0], marker.shape[2] // 2
     stride = size + 2 * pad
-    canvas, spots = np.empty((stride, stride), np.float32), np.empty((stride, stride), np.float32)
+    canvas, spots = np.empty((stride, stride)), np.empty((stride, stride))
     owner = np.empty((stride, stride), np.uint8)
     for b in range(images.shape[0]):
         canvas[:], spots[:], owner[:] = 0, 0, 0
@@ -142,12 +144,12 @@ def draw(dashes, counts, markers, size, pad, halves, contrasts, templates, marke
                     row, column = y - reach + pad + i, x - reach + pad + j
                     spots[row, column] = max(spots[row, column], marker[ky, kx, i, j])
         dash, spot = canvas[pad : pad + size, pad : pad + size], spots[pad : pad + size, pad : pad + size]
-        brightest = np.float64(dash.max()) if floats else 1.0
-        peak = max(np.float64(dash.max()) / brightest, np.float64(spot.max()))
+        brightest = dash.max() if floats else 1.0
+        peak = max(dash.max() / brightest, spot.max())
         rounding = 0.0 if floats else 0.5
         for i in range(size):
             for j in range(size):
-                value = max(np.float64(dash[i, j]) / brightest, np.float64(spot[i, j]))
+                value = max(dash[i, j] / brightest, spot[i, j])
                 images[b, i, j] = np.uint8(255.0 * (value / peak) + rounding)
         if curves.shape[0] > 0:
             curves[b] = owner[pad : pad + size, pad : pad + size]

@@ -9,6 +9,7 @@ Linsley et al. 2018 (github.com/drewlinsley/pathfinder).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ def ragged(lists, dtype=np.int64):
 def angles_of(circle):
     """(headings, angles at which their dashes are drawn), float64 (360 + n,): a first dash is drawn from its tail along
     its heading, every other one backwards from its far end."""
-    onward = np.arctan2(circle[:, 0], circle[:, 1])
+    onward = np.array([math.atan2(y, x) for y, x in circle])
     degrees = np.arange(-180, 180) * np.pi / 180
     return np.concatenate([degrees, onward]), np.concatenate([degrees, reverse(onward)])
 
@@ -138,6 +139,8 @@ def build_tables(spec, pad) -> Tables:
 
     angle, shift = np.concatenate(angles), np.concatenate(shifts)
     back = np.where(angle + np.pi < np.pi, angle + np.pi, angle - np.pi)
+    # numpy's vector functions differ between processors in the last bit, and rounding up makes a pixel of it
+    directions = [np.array([f(a) for a in theta]) for theta in (angle, back) for f in (math.sin, math.cos)]
 
     def columns(pairs, dtype):
         return *ragged([pair[0] for pair in pairs], np.int32), np.concatenate([pair[1] for pair in pairs]).astype(dtype)
@@ -147,7 +150,7 @@ def build_tables(spec, pad) -> Tables:
         np.array(halves, np.int64),
         tuple(lines),
         (np.array(spec.dash_margins), np.array(firsts), np.concatenate(canvases).reshape(-1, stride**2)),
-        (np.sin(angle), np.cos(angle), np.sin(back), np.cos(back), shift, *ragged(turn), np.concatenate(weight)),
+        (*directions, shift, *ragged(turn), np.concatenate(weight)),
         columns(masks, np.uint8) + columns(rooms, np.uint8) + columns(cores, np.int32),
         (*ragged(needed), np.array(boxes, np.int64), np.array(fit_start), np.array(fits, np.int64)),
     )

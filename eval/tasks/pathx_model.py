@@ -21,6 +21,7 @@ DEFAULT_CONFIG = {
     "num_hidden_layers": 8,
     "num_attention_heads": 2,
     "intermediate_size": 512,
+    "initializer_range": 0.05,  # gives queries and keys the scale that 0.02 gives them at BERT-base's width
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
     "num_global_tokens": NUM_GLOBAL,

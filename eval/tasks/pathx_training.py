@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +20,11 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 # arguments on which the images and updates still to come depend
-EXACT = ("curriculum", "seed", "learning_rate", "data_echo", "gradient_accumulation_steps", "rendering")
+EXACT = (
+    *("curriculum", "seed", "rendering", "data_echo", "contrast_jitter", "gradient_accumulation_steps"),
+    *("per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "num_warmup_steps", "num_decay_steps"),
+    *("weight_decay", "max_grad_norm", "ema_decay", "curve_loss_weight", "curve_loss_weight_end", "curve_loss_layers"),
+)
 STOP_EVERY = 10  # steps between two looks, by several processes, at whether one of them was told to stop
 
 
@@ -213,6 +218,7 @@ class Trainer:
             with open(self.folder / "train_log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
             tqdm.write(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))
+            sys.stdout.flush()
 
     def _validate(self):
         """Accuracy of the EMA weights on validation images of the stage under way."""
@@ -252,5 +258,5 @@ class Trainer:
         self.global_step = sum(stage.steps for stage in self.stages[: self.stage]) + self.step
         now = {key: getattr(self.args, key) for key in EXACT} | {"num_processes": self.processes}
         for key, value in state["arguments"].items():
-            if now[key] != value:
-                tqdm.write(f"resume: {key} was {value!r} and is now {now[key]!r}; not an exact continuation")
+            if now.get(key) != value and self.accelerator.is_main_process:
+                tqdm.write(f"resume: {key} was {value!r} and is now {now.get(key)!r}; not an exact continuation")
