@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# make test     build the kernels (CUDA too where nvcc is found) and run every test
-# make demo     evaluate the Path-X checkpoint on 64 images: accuracy and a figure
-# make bench    time attention against PyTorch's own
+# make test      build the kernels (CUDA too where nvcc is found) and run every test
+# make demo      evaluate the Path-X checkpoint on 64 images: accuracy and a figure
+# make bench     time attention against PyTorch's own
+# make lint      what pre-commit checks; `make format` repairs what it can
+# make kernels   only the library, straight into flash_models/, rebuilt where a source changed
 # make sanitize  every CUDA kernel under compute-sanitizer: memory errors and races
-# make lint     what pre-commit checks; `make format` repairs what it can
-# make kernels  only the library, straight into flash_models/, rebuilt where a source changed
 #
 # Everything is installed once, into .venv. On a machine that has its own torch and no package index, use that one and
 # install nothing: make test VENV= PYTHON=python3 (needs cmake >= 3.26, ninja, pytest).
@@ -33,7 +33,9 @@ test: $(READY)
 demo: $(READY)
 	$(PY) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	    --num_cpu_threads_per_process $$(nproc) \
-	    eval/pathx.py --model_name_or_path $(CHECKPOINT) --num_eval_samples 64
+	    eval/pathx.py --model_name_or_path $(CHECKPOINT) --num_eval_samples 64 --output_dir runs/demo
+	@$(PY) -c "import json; r = json.load(open('runs/demo/all_results.json'))['results']['lra']; \
+	    print('accuracy %.3f on %d images, drawn in runs/demo/sheet_lra.png' % (r['accuracy'], r['num_samples']))"
 
 bench: $(READY)
 	$(PY) eval/bench_attention.py

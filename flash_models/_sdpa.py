@@ -4,6 +4,8 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ._library import no_kernel_reason
+
 
 def why_not_kernel(query, key, value, mask, position_bias):
     """The reason, as the end of a sentence, why the kernels do not take this call; None if they do."""
@@ -17,8 +19,9 @@ def why_not_kernel(query, key, value, mask, position_bias):
         )
     if position_bias is not None:
         return "an additive position bias"
-    if device not in ("cpu", "cuda"):
-        return f"the device type {device}"
+    no_kernel = no_kernel_reason(query.device)
+    if no_kernel is not None:
+        return f"a missing kernel: {no_kernel}"
     if dtype not in (torch.bfloat16, torch.float16) and (device, dtype) != ("cpu", torch.float32):
         return f"the dtype {dtype} on {device} (use bfloat16, float16 or torch.autocast)"
     if head_dim % 8 or head_dim > 128 or value.shape[3] != head_dim:
@@ -58,16 +61,17 @@ def _visible(q_length, k_length, causal, kv_range, packed, layout, device):
 
 def _combine(mask, visible, position_bias, dtype):
     """One mask for scaled_dot_product_attention, bool or additive in `dtype`, or None."""
+    hidden = torch.finfo(dtype).min  # not -inf: a row that sees nothing would be NaN
     if visible is not None:
         if mask is None:
             mask = visible
         else:
-            mask = mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
+            mask = mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, hidden)
     if position_bias is not None:
         if mask is None:
             mask = position_bias
         else:
-            mask = torch.where(mask, position_bias, -torch.inf) if mask.dtype == torch.bool else mask + position_bias
+            mask = torch.where(mask, position_bias, hidden) if mask.dtype == torch.bool else mask + position_bias
     return mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
 
 

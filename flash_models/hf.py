@@ -23,8 +23,8 @@ from .models.rotary import is_rotary, rotary_tables, rotate
 from .ops import attention
 
 _HOLES = (
-    "an attention_mask with padding between valid tokens reached a compiled model or a CUDA graph, where only padding "
-    "at the ends is supported, because to look at a mask is to wait for the device; pass a 4-D mask instead"
+    "an attention_mask has padding between valid tokens, and a compiled model or a CUDA graph cannot look at it to "
+    "choose another attention; move the padding to the ends or pass a 4-D mask"
 )
 _warned = set()
 
@@ -41,12 +41,15 @@ def _report_fallback(reason):
 
 
 def key_range(mask):
-    """First and one-past-last True of every row of `mask`, bool (B, K): int32 (B, 2), empty for a row without."""
+    """First and one-past-last True of every row of `mask`, bool (B, K), and whether there is a False between them.
+
+    Returns int32 (B, 2), an empty range for a row without a True, and bool (B,).
+    """
     length = mask.shape[1]
     place = torch.arange(length, dtype=torch.int32, device=mask.device)
     end = torch.where(mask, place + 1, 0).amax(1)
     start = torch.where(mask, place, length).amin(1).minimum(end)
-    return torch.stack([start, end], 1)
+    return torch.stack([start, end], 1), end - start != mask.sum(1)
 
 
 def attention_mask(
@@ -75,8 +78,7 @@ def attention_mask(
     if plain and not static and not kv_offset and fits:
         if attention_mask is None:
             return None
-        kv_range = key_range(attention_mask)
-        holes = kv_range[:, 1] - kv_range[:, 0] != attention_mask.sum(1)
+        kv_range, holes = key_range(attention_mask)
         if torch.compiler.is_compiling() or (attention_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
             torch._assert_async(~holes.any(), _HOLES)
             return kv_range
@@ -138,8 +140,12 @@ def _split_mask(mask):
         return None, None
     if mask.dim() == 4:
         return None, mask
-    if mask.dim() == 2 and mask.dtype in (torch.bool, torch.int32):
-        return (key_range(mask) if mask.dtype == torch.bool else mask), None
+    if mask.dim() == 2 and mask.dtype == torch.int32:
+        return mask, None
+    if mask.dim() == 2 and mask.dtype == torch.bool:
+        kv_range, holes = key_range(mask)
+        torch._assert_async(~holes.any(), _HOLES)
+        return kv_range, None
     raise ValueError(
         f"attention_mask must be 4-D, bool (B, Sk) or an int32 (B, 2) key range, got {mask.dtype} of shape "
         f"{tuple(mask.shape)}"
@@ -176,8 +182,8 @@ def attention_forward(
     packed = _packed_sequences(kwargs, query, key, is_self_attention)
     if packed is not None and kv_range is not None:
         raise ValueError("got attention_mask and cu_seq_lens_q, but packed sequences hold no padding: drop the mask")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
+    if is_causal is None or not is_self_attention:
+        is_causal = getattr(module, "is_causal", True)
     layout = None
     if is_self_attention:
         unknown_positions = mask is not None and q_length != k_length
@@ -226,7 +232,7 @@ def _spare_packed_mask(module, args, kwargs):
     look because torch.compile traces, makes such a mask. It does not look where a 4-D mask is given. So one is, of a
     dtype that no mask has, where cu_seq_lens_q says what is packed or where, without position_ids, nothing is.
     """
-    inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+    inputs = next((t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
     given = len(args) > 1 or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None
     known = kwargs.get("position_ids") is None or kwargs.get("cu_seq_lens_q") is not None
     if module.config._attn_implementation == IO_AWARE and inputs is not None and known and not given:
@@ -251,16 +257,14 @@ def patch(model, block_sparse=None):
             f"Other transformers models can use the kernels through model.set_attn_implementation({IO_AWARE!r})"
         )
     patched = [module for module in model.modules() if isinstance(module, _PATCHABLE_CLASSES)]
+    if any(module.config.output_attentions for module in patched):
+        raise ValueError(
+            "config.output_attentions is True, but the kernels never form the attention weights; set it to False first"
+        )
     for module in patched:
-        if module.config.output_attentions:
-            raise ValueError(
-                f"{type(module).__name__} has config.output_attentions=True, but the kernels never form the attention "
-                "weights; set it to False first"
-            )
         if not hasattr(module, _BEFORE_PATCH):
             config = module.config
-            before = (config._attn_implementation, getattr(config, "block_sparse", _NOT_SET))
-            setattr(module, _BEFORE_PATCH, before)
+            setattr(module, _BEFORE_PATCH, (config._attn_implementation, getattr(config, "block_sparse", _NOT_SET)))
             if isinstance(module, GPT2Model):
                 module.register_forward_pre_hook(_spare_packed_mask, with_kwargs=True)
     for module in patched:  # a config is shared by many modules: all have been read before the first is written

@@ -21,7 +21,7 @@ def listed_blocks(row_start, row_index, num_key_blocks):
     """Block lists, as in `BlockLayout`, as a mask of blocks: bool (Hl, nq, num_key_blocks)."""
     heads, rows = row_start.shape[0], row_start.shape[1] - 1
     entry = torch.arange(row_index.numel(), device=row_index.device, dtype=torch.int32)
-    row = torch.searchsorted(row_start[:, 1:].reshape(-1), entry, right=True)
+    row = torch.searchsorted(row_start[:, 1:].flatten().contiguous(), entry, right=True)
     num_blocks = heads * rows * num_key_blocks
     # spare entries, which lie past the last row, all go to one extra place at the end
     place = torch.where(row < heads * rows, row * num_key_blocks + row_index, num_blocks)

@@ -80,6 +80,9 @@ def attention(
     if kv_range is not None:
         check_kv_range(kv_range, batch, device, max_seqlen_k, k_lengths)
         kv_range = kv_range.contiguous()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale < 0.0:
+        q, scale = -q, -scale  # the kernels follow the maximum of the unscaled scores
     lists, block_size = (None, None, None, None), 0
     if layout is not None:
         check_layout(layout, q.shape[-2], max_seqlen_q, max_seqlen_k, device)
@@ -101,7 +104,7 @@ def attention(
         block_size,
         rng_state,
         dropout_p,
-        q.shape[-1] ** -0.5 if scale is None else scale,
+        scale,
         causal,
         deterministic or torch.are_deterministic_algorithms_enabled(),
     )

@@ -113,6 +113,8 @@ def _forward(q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, blocks, block_size, 
         outs.append(torch.einsum("hqk,khd->qhd", p * dropout, v[cols]))
         lses.append(lse)
     if cu_seqlens_q is None:
+        if not outs:  # an empty batch
+            return torch.zeros_like(q), q.new_zeros(0, q.shape[2], q.shape[1])
         return torch.stack(outs), torch.stack(lses)
     unowned = q.shape[0] - sum(out.shape[0] for out in outs)  # packed tokens past the last sequence
     out = torch.cat([*outs, q.new_zeros(unowned, *q.shape[1:])])

@@ -28,6 +28,7 @@ def strict(monkeypatch):
     monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
 
 
+@pytest.mark.filterwarnings("ignore:flash_models uses PyTorch")  # for holes; see test_hf_fallback.py
 @pytest.mark.parametrize("padded", ["none", "full", "right", "left", "both", "holes"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_every_gradient(device, name, padded, monkeypatch):
@@ -109,6 +110,15 @@ def test_cross_attention(device, name, strict):
         for m in triplet(model, device)
     ]
     assert_same(*results)
+
+
+@pytest.mark.parametrize("padded", ["none", "right"])
+def test_gpt2_made_bidirectional(device, padded, strict):
+    """transformers' config.is_causal=False turns a decoder into an encoder."""
+    ids, mask = token_ids(device), padding(padded, device)
+    valid = torch.ones_like(ids) if mask is None else mask
+    models = triplet(MODELS["gpt2"](is_causal=False), device)
+    assert_same(*(model(ids, attention_mask=mask).logits * valid[..., None] for model in models))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=["cache", "no-cache"])

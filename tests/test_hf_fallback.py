@@ -80,6 +80,17 @@ def test_fallback_is_right_and_says_why_once(device, reason, is_causal, monkeypa
         hf.attention_forward(*arguments, position_bias=bias)
 
 
+@pytest.mark.filterwarnings("ignore:flash_models uses PyTorch")
+@pytest.mark.parametrize("q_length, k_length", [(9, 9), (1, 9), (4, 9)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_fallback_without_padding(device, q_length, k_length, is_causal):
+    query, key, value = (torch.randn(2, 2, length, 12, device=device) for length in (q_length, k_length, k_length))
+    out, _ = hf.attention_forward(Stub(is_causal), query, key, value, None)
+    visible = torch.ones(q_length, k_length, dtype=torch.bool, device=device)
+    expected = expected_attention(query, key, value, visible.tril(k_length - q_length) if is_causal else visible)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("block_sparse", [None, {"pattern": "local", "window": 64, "block_size": 64}])
 def test_fallback_of_packed_sequences(device, block_sparse):
     lengths = (130, 1, 70)
@@ -115,9 +126,12 @@ def test_what_would_change_the_result_is_an_error(option):
 
 
 def test_key_range(device):
-    mask = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool, device=device)
-    ranges = hf.key_range(mask)
-    assert ranges.dtype == torch.int32 and ranges.tolist() == [[0, 3], [1, 3], [0, 2], [1, 2], [0, 0]]
+    mask = torch.tensor(
+        [[1, 1, 1], [0, 1, 1], [1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 1]], dtype=torch.bool, device=device
+    )
+    ranges, holes = hf.key_range(mask)
+    assert ranges.dtype == torch.int32 and ranges.tolist() == [[0, 3], [1, 3], [0, 2], [1, 2], [0, 0], [0, 3]]
+    assert holes.tolist() == [False] * 5 + [True]
 
 
 def test_static_cache(device):

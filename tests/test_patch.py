@@ -23,6 +23,7 @@ def strict(monkeypatch):
 def test_unpatch_restores_exactly(name):
     model = MODELS[name]()
     before, hooks = model.config.to_dict(), [len(module._forward_pre_hooks) for module in model.modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
     ids = token_ids("cpu")
     logits = model.eval()(ids).logits
     assert patch(model, block_sparse=SPARSE) is model
@@ -31,6 +32,7 @@ def test_unpatch_restores_exactly(name):
     assert unpatch(model) is model
     assert model.config._attn_implementation == "eager" and model.config.to_dict() == before
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert [set(vars(module)) for module in model.modules()] == attributes
     assert torch.equal(model(ids).logits, logits)
     assert unpatch(model) is model  # nothing left to do
 
@@ -75,7 +77,7 @@ def test_patch_errors_say_what_to_do():
         patch(model, block_sparse={"pattern": "spiral"})
     assert model.config._attn_implementation == "eager"
     model.config.output_attentions = True
-    with pytest.raises(ValueError, match="output_attentions=True"):
+    with pytest.raises(ValueError, match="output_attentions is True"):
         patch(model)
 
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The CPU backend: resolves each head, picks the kernels for this processor and deals tiles out to the threads.
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -21,6 +22,11 @@ const CpuKernels& kernels() {
 #else
   return baseline::kernels;
 #endif
+}
+
+// All queries of a tile share one list of key blocks (and all keys one list of query blocks).
+int64_t tile_size(const AttentionProblem& p) {
+  return p.rows.start != nullptr ? std::min(p.block_size, kernels().max_tile) : kernels().max_tile;
 }
 
 Matrix matrix(const AttentionProblem& p, const View& v, int64_t offset) {
@@ -48,6 +54,7 @@ Head make_head(const AttentionProblem& p, const AttentionGradients* g, int64_t b
   h.dtype = p.dtype;
   h.head_dim = static_cast<int>(p.head_dim);
   h.scale = p.scale;
+  h.tile = tile_size(p);
   h.q_len = s.q_len, h.k_len = s.k_len, h.key_lo = s.key_lo, h.key_hi = s.key_hi;
   h.reach = p.causal ? s.k_len - s.q_len : s.k_len;
   h.rows = list_of(p.rows, index), h.columns = list_of(p.columns, index);
@@ -86,21 +93,21 @@ void run_tiles(Work& work) {
   parallel_for(work.size(), 1, [](void* context, int64_t, int64_t) { static_cast<Work*>(context)->run(); }, &work);
 }
 
-int64_t tiles_of(int64_t seqlen) { return (seqlen + kernels().tile - 1) / kernels().tile; }
+int64_t tiles_of(const AttentionProblem& p, int64_t seqlen) { return (seqlen + tile_size(p) - 1) / tile_size(p); }
 
 }  // namespace
 
 // With a causal mask the last queries see the most keys, and the first keys are seen by the most queries: the longest
 // tiles of a head go first.
 void attention_fwd_cpu(const AttentionProblem& p) {
-  Work work{p, nullptr, kernels().forward, tiles_of(p.seqlen_q), true};
+  Work work{p, nullptr, kernels().forward, tiles_of(p, p.seqlen_q), true};
   run_tiles(work);
 }
 
 void attention_bwd_cpu(const AttentionProblem& p, const AttentionGradients& g) {
-  Work queries{p, &g, kernels().backward_queries, tiles_of(p.seqlen_q), true};
+  Work queries{p, &g, kernels().backward_queries, tiles_of(p, p.seqlen_q), true};
   run_tiles(queries);
-  Work keys{p, &g, kernels().backward_keys, tiles_of(p.seqlen_k), false};
+  Work keys{p, &g, kernels().backward_keys, tiles_of(p, p.seqlen_k), false};
   run_tiles(keys);
 }
 

@@ -1,38 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Backward pass: Algorithm 4 of FlashAttention (arXiv 2205.14135) in two sweeps. One owns tiles of queries and sums dQ over
-// the keys, the other owns tiles of keys and sums dK and dV over the queries. Each recomputes the scores, 7 products where
-// the paper has 5, so that every gradient has one owner and a fixed order of summation, without scratch in main memory.
+// Backward pass: Algorithm 4 of FlashAttention (arXiv 2205.14135) in two sweeps. One owns tiles of queries and sums dQ
+// over the keys, the other owns tiles of keys and sums dK and dV over the queries. Each recomputes the scores, 7
+// products where the paper has 5, so that every gradient has one owner and a fixed order of summation, without scratch
+// in main memory.
 //
-//   P = exp(Q K^T scale - lse)      dP = dO V^T      dS = P (Z dP - delta)      delta = rowsum(dO O)
+//   P = exp(scale Q K^T - lse)      dP = dO V^T      dS = P (Z dP - delta)      delta = rowsum(dO O)
 //   dV = (P Z)^T dO                 dQ = scale dS K  dK = scale dS^T Q          Z = dropout factors
 #pragma once
 
-#include "cpu_forward.h"
+#include "cpu_dropout.h"
 #include "cpu_tiles.h"
 
 namespace flash_models::FM_ISA {
 
 struct alignas(64) BackwardWorkspace {
-  // The tile that is owned, transposed: (Q, dO) and dQ; or (K, V) and dK, dV. The factor `scale` goes with `first`.
-  float first[kMaxHeadDim * kTile], second[kMaxHeadDim * kTile];
-  float d_first[kMaxHeadDim * kTile], d_second[kMaxHeadDim * kTile];
-  // The tile that passes by: (K, V) or (Q, dO).
-  float other_first[kTile * kMaxHeadDim], other_second[kTile * kMaxHeadDim];
-  float scores[kTile * kTile];  // S, then dS
-  float weights[kTile * kTile];  // dP, then P Z (or its transpose)
-  float keep[kTile * kTile];
-  float lse[kTile], delta[kTile];  // of the queries of the tile at hand
+  // The own tile, transposed: (scale Q, dO) and dQ, or (scale K, V) and (dK, dV).
+  float first[kMaxHeadDim * kLanes], second[kMaxHeadDim * kLanes];
+  float d_first[kMaxHeadDim * kLanes], d_second[kMaxHeadDim * kLanes];
+  // The tile that passes by: (K, V), or (Q, dO).
+  float other_first[kRowTokens * kMaxHeadDim], other_second[kRowTokens * kMaxHeadDim];
+  float scores[kRowTokens * kLanes];   // S, then dS
+  float weights[kRowTokens * kLanes];  // dP, then P Z
+  float keep[kRowTokens * kLanes];     // Z
+  float lse[kLanes], delta[kLanes];    // of the queries, which are the lanes or the rows
 };
 
 // A query without a key has lse -inf; +inf instead makes its weights exp(-inf) = 0.
 inline float normaliser(float lse) { return lse == -kInfinity ? kInfinity : lse; }
 
+// delta of the owned queries from O^T and dO^T. Summed in the order in which multiply() sums dP, so that the two cancel
+// exactly where a query has a single key.
+inline void row_products(int dim, int lanes, const float* out, const float* dout, float* delta) {
+  for (int lane = 0; lane < lanes; lane += kWidth) {
+    Vec sum = {};
+    for (int d = 0; d < dim; ++d) sum += load(out + d * kLanes + lane) * load(dout + d * kLanes + lane);
+    store(delta + lane, sum);
+  }
+}
+
 template <Side kOwn>
 inline void score_gradients(const float* keep, int rows, int lanes, BackwardWorkspace& w) {
   for (int i = 0; i < rows; ++i) {
     for (int lane = 0; lane < lanes; lane += kWidth) {
-      const int at = i * kTile + lane;
+      const int at = i * kLanes + lane;
       const Vec lse = kOwn == Side::kQueries ? load(w.lse + lane) : broadcast(w.lse[i]);
       const Vec delta = kOwn == Side::kQueries ? load(w.delta + lane) : broadcast(w.delta[i]);
       const Vec factor = keep != nullptr ? load(keep + at) : broadcast(1.0f);
@@ -43,56 +54,51 @@ inline void score_gradients(const float* keep, int rows, int lanes, BackwardWork
   }
 }
 
-// delta of the owned queries from O^T and dO^T. Summed in the order in which multiply() sums dP, so that the two cancel
-// exactly where a query has a single key.
-inline void row_products(int dim, int lanes, const float* out, const float* dout, float* delta) {
-  for (int lane = 0; lane < lanes; lane += kWidth) {
-    Vec sum = {};
-    for (int d = 0; d < dim; ++d) sum += load(out + d * kTile + lane) * load(dout + d * kTile + lane);
-    store(delta + lane, sum);
-  }
-}
-
 template <Side kOwn>
 inline void backward_tile(const Head& head, int64_t tile, void* workspace) {
   constexpr bool kOwnsQueries = kOwn == Side::kQueries;
   BackwardWorkspace& w = *static_cast<BackwardWorkspace*>(workspace);
-  const int64_t own_begin = tile * kTile, own_len = kOwnsQueries ? head.q_len : head.k_len;
+  const int64_t own_begin = tile * head.tile, own_len = kOwnsQueries ? head.q_len : head.k_len;
   if (own_begin >= own_len) return;
-  const int lanes = static_cast<int>(min(kTile, own_len - own_begin));
+  const int lanes = static_cast<int>(min(head.tile, own_len - own_begin));
   const int dim = head.head_dim;
+  const Matrix &other_first = kOwnsQueries ? head.k : head.q, &other_second = kOwnsQueries ? head.v : head.dout;
 
   read_transposed(head, kOwnsQueries ? head.q : head.k, own_begin, lanes, head.scale, w.first);
   read_transposed(head, kOwnsQueries ? head.dout : head.v, own_begin, lanes, 1.0f, w.second);
+
   int64_t lo = 0, hi = 0;  // tokens of the other side that any of the own ones meets
   if constexpr (kOwnsQueries) {
     lo = head.key_lo, hi = min(head.key_hi, own_begin + lanes + head.reach);
     read_transposed(head, head.out, own_begin, lanes, 1.0f, w.d_first);
     row_products(dim, lanes, w.d_first, w.second, w.delta);
     for (int i = 0; i < lanes; ++i) head.delta[own_begin + i] = w.delta[i];
-    for (int i = 0; i < kTile; ++i) w.lse[i] = i < lanes ? normaliser(head.lse[own_begin + i]) : kInfinity;
+    for (int i = 0; i < kLanes; ++i) w.lse[i] = i < lanes ? normaliser(head.lse[own_begin + i]) : kInfinity;
   } else {
     const bool masked = own_begin >= head.key_hi || own_begin + lanes <= head.key_lo;
     lo = max(0, max(own_begin, head.key_lo) - head.reach), hi = masked ? 0 : head.q_len;
   }
-  for (int i = 0; i < dim * kTile; ++i) w.d_first[i] = w.d_second[i] = 0.0f;
+  for (int i = 0; i < dim * kLanes; ++i) w.d_first[i] = w.d_second[i] = 0.0f;
 
   const BlockList& list = kOwnsQueries ? head.rows : head.columns;
-  for_each_tile(list, head.block_size, own_begin, lo, hi, [&](int64_t grid, int64_t begin, int rows) {
-    read_tile(head, kOwnsQueries ? head.k : head.q, begin, rows, w.other_first);
-    read_tile(head, kOwnsQueries ? head.v : head.dout, begin, rows, w.other_second);
+  for_each_tile(list, head.block_size, own_begin, lo, hi, [&](const RowTile& other) {
+    const int rows = other.rows;
+    read_tile(head, other_first, other.begin, rows, w.other_first);
+    read_tile(head, other_second, other.begin, rows, w.other_second);
     if constexpr (!kOwnsQueries) {
-      for (int i = 0; i < rows; ++i) w.lse[i] = normaliser(head.lse[begin + i]), w.delta[i] = head.delta[begin + i];
+      for (int i = 0; i < rows; ++i) {
+        w.lse[i] = normaliser(head.lse[other.begin + i]), w.delta[i] = head.delta[other.begin + i];
+      }
     }
     multiply<Order::kRowMajor, Update::kAssign>(rows, dim, lanes, w.other_first, dim, w.first, w.scores);
     multiply<Order::kRowMajor, Update::kAssign>(rows, dim, lanes, w.other_second, dim, w.second, w.weights);
-    const int64_t last_key = kOwnsQueries ? begin + rows - 1 : own_begin + lanes - 1;
-    const int64_t first_query = kOwnsQueries ? own_begin : begin;
-    if (last_key > first_query + head.reach) mask_scores<kOwn>(head.reach, own_begin, begin, rows, w.scores);
+    const int64_t last_key = kOwnsQueries ? other.begin + rows - 1 : own_begin + lanes - 1;
+    const int64_t first_query = kOwnsQueries ? own_begin : other.begin;
+    if (last_key > first_query + head.reach) mask_scores<kOwn>(head.reach, own_begin, other.begin, rows, w.scores);
     const float* keep = nullptr;
     if (head.rng_state != nullptr) {
-      dropout_factors<kOwn>(head, own_begin, grid, w.keep);
-      keep = w.keep + (begin - grid) * kTile;
+      dropout_factors<kOwn>(head, own_begin, lanes, other.grid, w.keep);
+      keep = w.keep + (other.begin - other.grid) * kLanes;
     }
     score_gradients<kOwn>(keep, rows, lanes, w);
     multiply<Order::kTransposed, Update::kAdd>(dim, rows, lanes, w.other_first, dim, w.scores, w.d_first);
@@ -107,7 +113,7 @@ inline void backward_tile(const Head& head, int64_t tile, void* workspace) {
     } else if (own_begin + i >= head.key_lo && own_begin + i < head.key_hi) {
       write_lane(head, head.dk, own_begin, i, head.scale, w.d_first);
       write_lane(head, head.dv, own_begin, i, 1.0f, w.d_second);
-    } else {  // the lane holds sums over weights that are masked
+    } else {  // a masked key: its lane has gathered weights that do not exist
       write_zeros(head, head.dk, own_begin, i);
       write_zeros(head, head.dv, own_begin, i);
     }

@@ -28,6 +28,7 @@ struct Head {
   DType dtype = DType::kFloat32;
   int head_dim = 0;
   float scale = 1.0f;
+  int64_t tile = 0;  // queries or keys in the lanes of one kernel call
 
   int64_t q_len = 0, k_len = 0;
   int64_t key_lo = 0, key_hi = 0;  // keys outside [key_lo, key_hi) are masked
@@ -41,12 +42,12 @@ struct Head {
   float keep_scale = 1.0f;
 };
 
-// Computes what tile number `tile` of the head owns. Tiles of queries for forward and backward_queries (out and lse, or dq
-// and delta), tiles of keys for backward_keys (dk and dv, which needs the delta of every query).
+// Computes what tile number `tile` of the head owns: head.tile queries for forward (out, lse) and backward_queries (dq,
+// delta), head.tile keys for backward_keys (dk, dv), which needs the delta of every query.
 using TileKernel = void (*)(const Head& head, int64_t tile, void* workspace);
 
 struct CpuKernels {
-  int64_t tile = 0;             // queries or keys of one tile
+  int64_t max_tile = 0;         // the largest Head::tile
   int64_t workspace_bytes = 0;  // scratch of one thread, aligned to 64 bytes, need not be initialised
   TileKernel forward = nullptr, backward_queries = nullptr, backward_keys = nullptr;
 };

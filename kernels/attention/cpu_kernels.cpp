@@ -7,9 +7,11 @@
 
 namespace flash_models::FM_ISA {
 
-inline constexpr int64_t kWorkspaceBytes =
-    sizeof(ForwardWorkspace) > sizeof(BackwardWorkspace) ? sizeof(ForwardWorkspace) : sizeof(BackwardWorkspace);
+inline constexpr int64_t kWorkspaceBytes = sizeof(ForwardWorkspace) > sizeof(BackwardWorkspace)
+                                               ? sizeof(ForwardWorkspace)
+                                               : sizeof(BackwardWorkspace);
 
-const CpuKernels kernels{kTile, kWorkspaceBytes, forward_tile, backward_tile<Side::kQueries>, backward_tile<Side::kKeys>};
+const CpuKernels kernels{kLanes, kWorkspaceBytes, forward_tile, backward_tile<Side::kQueries>,
+                         backward_tile<Side::kKeys>};
 
 }  // namespace flash_models::FM_ISA

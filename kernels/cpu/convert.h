@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Rows of float32, bfloat16 or float16 to float32 and back, rounded to nearest even. Plain loops over bit patterns, which
-// the compiler vectorises on every instruction set.
+// Rows of float32, bfloat16 or float16 to float32 and back, rounded to nearest even. Plain loops over bit patterns,
+// which the compiler vectorises on every instruction set.
 #pragma once
 
 #include <cstddef>

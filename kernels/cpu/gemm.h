@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Products of small matrices held in cache: C = A B with B and C in rows of kTile floats, one vector lane per column.
-// Everything that a lane computes stays in that lane, so a caller who puts one query (or one key) in each lane needs no
+// Products of small matrices held in cache: C = A B with B and C in rows of kLanes floats, a column for each vector
+// lane. What a lane computes stays in that lane, so a caller who puts one query (or one key) in each lane needs no
 // horizontal operation anywhere.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace flash_models::FM_ISA {
 
-inline constexpr int kTile = 64;
+inline constexpr int kLanes = 128;
 
 // Register block: kRows x kPanelVectors accumulators, enough independent chains to hide the latency of a multiply-add,
 // within 32 vector registers (AVX-512) or 16.
@@ -17,17 +17,18 @@ inline constexpr int kRows = kWidth == 16 ? 8 : 4;
 inline constexpr int kPanelVectors = 2;
 inline constexpr int kPanel = kPanelVectors * kWidth;
 
-enum class Order { kRowMajor, kTransposed };  // of A: element (i, l) at a[i * lda + l], or at a[l * lda + i]
+enum class Order { kRowMajor, kTransposed };    // of A: element (i, l) at a[i * lda + l], or at a[l * lda + i]
 enum class Update { kAssign, kAdd, kRescale };  // C = A B, C += A B, C = C diag(factor) + A B
 
 template <Order kOrder, Update kUpdate>
 inline void multiply_block(int depth, const float* a, int64_t lda, const float* b, float* c, const float* factor) {
-  // Summed from zero and added to C once: errors grow with the tile and the number of tiles, not with the whole sequence.
+  // Summed from zero and added to C once: errors grow with the tile and the number of tiles, not with the whole
+  // sequence.
   Vec sum[kRows][kPanelVectors] = {};
   for (int l = 0; l < depth; ++l) {
     Vec line[kPanelVectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < kPanelVectors; ++j) line[j] = load(b + l * kTile + j * kWidth);
+    for (int j = 0; j < kPanelVectors; ++j) line[j] = load(b + l * kLanes + j * kWidth);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Vec element = broadcast(kOrder == Order::kRowMajor ? a[i * lda + l] : a[l * lda + i]);
@@ -39,7 +40,7 @@ inline void multiply_block(int depth, const float* a, int64_t lda, const float* 
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < kPanelVectors; ++j) {
-      float* target = c + i * kTile + j * kWidth;
+      float* target = c + i * kLanes + j * kWidth;
       if constexpr (kUpdate == Update::kAdd) sum[i][j] += load(target);
       if constexpr (kUpdate == Update::kRescale) sum[i][j] += load(target) * load(factor + j * kWidth);
       store(target, sum[i][j]);
@@ -47,15 +48,15 @@ inline void multiply_block(int depth, const float* a, int64_t lda, const float* 
   }
 }
 
-// A is rows x depth, B depth x lanes. Rows are computed in groups of kRows and lanes in groups of kPanel: A and C must be
-// readable and writable up to the next multiple, and what lies there is of no consequence.
+// A is rows x depth, B depth x lanes. Rows are computed in groups of kRows and lanes in groups of kPanel: A and C must
+// be readable and writable up to the next multiple, and what lies there is of no consequence.
 template <Order kOrder, Update kUpdate>
 inline void multiply(int rows, int depth, int lanes, const float* a, int64_t lda, const float* b, float* c,
                      const float* factor = nullptr) {
   for (int lane = 0; lane < lanes; lane += kPanel) {
     for (int row = 0; row < rows; row += kRows) {
       multiply_block<kOrder, kUpdate>(depth, a + (kOrder == Order::kRowMajor ? row * lda : row), lda, b + lane,
-                                      c + row * kTile + lane, factor + lane);
+                                      c + row * kLanes + lane, factor + lane);
     }
   }
 }

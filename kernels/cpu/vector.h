@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Vectors of floats as wide as the instruction set this file is compiled for. The same sources are compiled once per
-// instruction set; FM_ISA names the namespace, so that no function compiled for one can be linked in place of another's.
-// For the same reason nothing here calls an inline function of the standard library.
+// instruction set; FM_ISA names the namespace, so that no function compiled for one can be linked in place of
+// another's. For the same reason nothing here calls an inline function of the standard library.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,9 @@ inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // e^x for x <= 88 within 1.2 units in the last place; 0 where the result would be below the normal range, NaN for NaN.
 inline Vec exp(Vec x) {
-  // x = n ln 2 + f with |f| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer, n, in the low bits of the sum; 127 more
-  // makes these bits the exponent field of 2^n. ln 2 is in two parts, the first short enough for n times it to be exact.
+  // x = n ln 2 + f with |f| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer, n, in the low bits of the sum; 127
+  // more makes these bits the exponent field of 2^n. ln 2 is in two parts, the first short enough for n times it to be
+  // exact.
   constexpr float kRound = 12582912.0f + 127.0f;
   const Vec shifted = x * 1.44269504f + kRound;
   const Vec n = shifted - kRound;
