@@ -48,6 +48,19 @@ __device__ __forceinline__ Tiles tiles_of(const BlockLists& lists, int64_t block
 
 __device__ __forceinline__ int tiles_in(int tokens, int tile) { return (tokens + tile - 1) / tile; }
 
+// The tile, head and sequence of this CTA. The tiles of one head run side by side and share what they read in L2.
+struct Place {
+  int tile, head, batch;
+
+  // `from_last`: start with the last tiles, where those have the most work.
+  __device__ __forceinline__ Place(const AttentionProblem& p, int tiles, bool from_last) {
+    const int line = blockIdx.x % tiles, sequence_head = blockIdx.x / tiles, heads = static_cast<int>(p.heads);
+    tile = from_last ? tiles - 1 - line : line;
+    head = sequence_head % heads;
+    batch = sequence_head / heads;
+  }
+};
+
 // The (query, key) pairs of one sequence that attend: lo <= key < hi and key <= query + diagonal.
 struct Visible {
   int lo, hi, diagonal;

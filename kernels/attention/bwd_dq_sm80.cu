@@ -37,11 +37,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Lane lane;
   const int row0 = 16 * (threadIdx.x / 32);
 
-  const int q_tile = query_tiles - 1 - blockIdx.x % query_tiles;
-  const int head = blockIdx.x / query_tiles % p.heads;
-  const int64_t batch = blockIdx.x / query_tiles / p.heads;
+  const Place place(p, query_tiles, p.causal);
+  const int head = place.head, batch = place.batch;
   const Sequence s = sequence_of(p, batch);
-  const int q0 = q_tile * kTileQ, q_len = static_cast<int>(s.q_len), dim = static_cast<int>(p.head_dim);
+  const int q0 = place.tile * kTileQ, q_len = static_cast<int>(s.q_len), dim = static_cast<int>(p.head_dim);
   if (q0 >= q_len) return;
 
   const Visible visible(p, s);

@@ -118,12 +118,12 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
   const int warp = threadIdx.x / 32;
   const int key0 = 32 * (warp / 2), query0 = 32 * (warp % 2), dim0 = kDim / 2 * (warp % 2);
 
-  const int k_tile = blockIdx.x % key_tiles;  // causal: the first keys are seen by most queries, so they start first
-  const int head = blockIdx.x / key_tiles % p.heads;
-  const int64_t batch = blockIdx.x / key_tiles / p.heads;
+  // The first keys have most work: under a causal mask, and as the global tokens of many layouts.
+  const Place place(p, key_tiles, false);
+  const int head = place.head, batch = place.batch;
   const Sequence s = sequence_of(p, batch);
-  const int k0 = k_tile * kTile, q_len = static_cast<int>(s.q_len), k_len = static_cast<int>(s.k_len),
-            dim = static_cast<int>(p.head_dim);
+  const int k0 = place.tile * kTile, q_len = static_cast<int>(s.q_len), k_len = static_cast<int>(s.k_len);
+  const int dim = static_cast<int>(p.head_dim);
   if (k0 >= k_len) return;
 
   const Visible visible(p, s);
@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(kThreads)
   const Tile<T, kTile, kDim> tile{ptx::dynamic_shared()};
   const Lane lane;
   const int warp = threadIdx.x / 32;
-  const int q0 = blockIdx.x % query_tile_count * kTile, head = blockIdx.x / query_tile_count % p.heads;
-  const int64_t batch = blockIdx.x / query_tile_count / p.heads;
+  const Place place(p, query_tile_count, false);
+  const int q0 = place.tile * kTile, head = place.head, batch = place.batch;
   const Sequence s = sequence_of(p, batch);
   if (q0 >= s.q_len) return;
   const float* sum = dq_fragment<kDim>(p, g.dq_sum, s, batch, head, q0, warp);

@@ -44,13 +44,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const Lane lane;
   const int warp = threadIdx.x / 32;
 
-  // Query tiles of one head run side by side and share its K and V in L2; causal rows have most work last, so start
-  // there.
-  const int q_tile = query_tiles - 1 - blockIdx.x % query_tiles;
-  const int head = blockIdx.x / query_tiles % p.heads;
-  const int64_t batch = blockIdx.x / query_tiles / p.heads;
+  // Most work first: the last queries under a causal mask, otherwise the first, the global tokens of many layouts.
+  const Place place(p, query_tiles, p.causal);
+  const int head = place.head, batch = place.batch;
   const Sequence s = sequence_of(p, batch);
-  const int q0 = q_tile * kTileQ, q_len = static_cast<int>(s.q_len), dim = static_cast<int>(p.head_dim);
+  const int q0 = place.tile * kTileQ, q_len = static_cast<int>(s.q_len), dim = static_cast<int>(p.head_dim);
   if (q0 >= q_len) return;
 
   const Visible visible(p, s);

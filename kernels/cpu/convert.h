@@ -32,10 +32,11 @@ inline uint16_t to_bfloat16(float x) {
 }
 
 inline float from_float16(uint16_t h) {
-  // Moved into place, exponent and fraction read as the value divided by 2^112, subnormals included.
+  // Moved into place, exponent and fraction read as the value divided by 2^112, subnormals included. Infinity and NaN
+  // come out of the product as large numbers, whose exponent is then filled up.
   const uint32_t magnitude = (h & 0x7FFFu) << 13;
-  const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
-  const uint32_t value = magnitude >= 0x0F800000u ? magnitude | 0x7F800000u : finite;
+  const uint32_t special = magnitude >= 0x0F800000u ? 0x7F800000u : 0u;
+  const uint32_t value = bits_of(float_of(magnitude) * 0x1p112f) | special;
   return float_of(value | (h & 0x8000u) << 16);
 }
 
