@@ -8,7 +8,7 @@
 #ifdef __CUDACC__
 #define FM_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define FM_HOST_DEVICE inline
+#define FM_HOST_DEVICE [[gnu::always_inline]] inline
 #endif
 
 namespace flash_models {

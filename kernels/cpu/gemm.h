@@ -20,26 +20,26 @@ inline constexpr int kPanel = kPanelVectors * kWidth;
 enum class Order { kRowMajor, kTransposed };    // of A: element (i, l) at a[i * lda + l], or at a[l * lda + i]
 enum class Update { kAssign, kAdd, kRescale };  // C = A B, C += A B, C = C diag(factor) + A B
 
-template <Order kOrder, Update kUpdate>
+template <Order kOrder, Update kUpdate, int kVectors>
 inline void multiply_block(int depth, const float* a, int64_t lda, const float* b, float* c, const float* factor) {
   // Summed from zero and added to C once: errors grow with the tile and the number of tiles, not with the whole
   // sequence.
-  Vec sum[kRows][kPanelVectors] = {};
+  Vec sum[kRows][kVectors] = {};
   for (int l = 0; l < depth; ++l) {
-    Vec line[kPanelVectors];
+    Vec line[kVectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < kPanelVectors; ++j) line[j] = load(b + l * kLanes + j * kWidth);
+    for (int j = 0; j < kVectors; ++j) line[j] = load(b + l * kLanes + j * kWidth);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Vec element = broadcast(kOrder == Order::kRowMajor ? a[i * lda + l] : a[l * lda + i]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kPanelVectors; ++j) sum[i][j] += element * line[j];
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += element * line[j];
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kPanelVectors; ++j) {
+    for (int j = 0; j < kVectors; ++j) {
       float* target = c + i * kLanes + j * kWidth;
       if constexpr (kUpdate == Update::kAdd) sum[i][j] += load(target);
       if constexpr (kUpdate == Update::kRescale) sum[i][j] += load(target) * load(factor + j * kWidth);
@@ -54,9 +54,12 @@ template <Order kOrder, Update kUpdate>
 inline void multiply(int rows, int depth, int lanes, const float* a, int64_t lda, const float* b, float* c,
                      const float* factor = nullptr) {
   for (int lane = 0; lane < lanes; lane += kPanel) {
+    // A single query, as in text generation, would leave all but one of the panel's vectors idle.
+    const auto block =
+        lanes - lane <= kWidth ? multiply_block<kOrder, kUpdate, 1> : multiply_block<kOrder, kUpdate, kPanelVectors>;
     for (int row = 0; row < rows; row += kRows) {
-      multiply_block<kOrder, kUpdate>(depth, a + (kOrder == Order::kRowMajor ? row * lda : row), lda, b + lane,
-                                      c + row * kLanes + lane, factor + lane);
+      block(depth, a + (kOrder == Order::kRowMajor ? row * lda : row), lda, b + lane, c + row * kLanes + lane,
+            kUpdate == Update::kRescale ? factor + lane : nullptr);
     }
   }
 }
