@@ -91,9 +91,14 @@ for _backend, _reason in _reasons.items():
         _serve_by_reference(_backend, _reason)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile asks while tracing, and warns of a cache that it would trace
 def no_kernel_reason(device):
     """Why no kernel takes tensors on `device` (torch.device); None if one does."""
+    return _no_kernel_reason(device)
+
+
+@functools.cache
+def _no_kernel_reason(device):
     if device.type not in ("cpu", "cuda"):
         return f"flash_models has kernels for CPU and CUDA, not for {device.type}"
     reason = _reasons[device.type.upper()]

@@ -1,8 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that load with `AutoModel` once this library is imported."""
 
-from .configuration import FlashBertConfig
+from .bert import (
+    FlashBertForMaskedLM,
+    FlashBertForMultipleChoice,
+    FlashBertForNextSentencePrediction,
+    FlashBertForPreTraining,
+    FlashBertForQuestionAnswering,
+    FlashBertForSequenceClassification,
+    FlashBertForTokenClassification,
+    FlashBertLMHeadModel,
+    FlashBertModel,
+)
+from .configuration import FlashBertConfig, FlashGPT2Config
+from .gpt2 import (
+    FlashGPT2DoubleHeadsModel,
+    FlashGPT2ForQuestionAnswering,
+    FlashGPT2ForSequenceClassification,
+    FlashGPT2ForTokenClassification,
+    FlashGPT2LMHeadModel,
+    FlashGPT2Model,
+)
 from .images import images_to_input_ids
-from .modeling import FlashBertForSequenceClassification, FlashBertModel
 
-__all__ = ["FlashBertConfig", "FlashBertForSequenceClassification", "FlashBertModel", "images_to_input_ids"]
+__all__ = [
+    "FlashBertConfig",
+    "FlashBertForMaskedLM",
+    "FlashBertForMultipleChoice",
+    "FlashBertForNextSentencePrediction",
+    "FlashBertForPreTraining",
+    "FlashBertForQuestionAnswering",
+    "FlashBertForSequenceClassification",
+    "FlashBertForTokenClassification",
+    "FlashBertLMHeadModel",
+    "FlashBertModel",
+    "FlashGPT2Config",
+    "FlashGPT2DoubleHeadsModel",
+    "FlashGPT2ForQuestionAnswering",
+    "FlashGPT2ForSequenceClassification",
+    "FlashGPT2ForTokenClassification",
+    "FlashGPT2LMHeadModel",
+    "FlashGPT2Model",
+    "images_to_input_ids",
+]

@@ -1,16 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of the models of this library."""
 
-from transformers import BertConfig
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import BertConfig, GPT2Config
 
 from ..layouts import BLOCK_SIZES, check_config
-from .rotary import ROTARY_TYPES
+from .auto import OwnCode, write_stub
 
 IO_AWARE = "io_aware"  # the attn_implementation that hf.py registers
-POSITION_EMBEDDING_TYPES = ("absolute", *ROTARY_TYPES)
+_HEAD_DIM_MULTIPLE = {"absolute": 1, "rotary": 2, "rotary_2d": 4}
 
 
-class FlashBertConfig(BertConfig):
+@dataclass(kw_only=True, repr=False, eq=False)
+class FlashConfigMixin(OwnCode):
+    """The fields that all models of this library have on top of those of Hugging Face."""
+
+    position_embedding_types: ClassVar = ("absolute", "rotary")
+
+    position_embedding_type: str = "absolute"
+    block_sparse: dict | None = None
+    rotary_max_wavelength: float | int = 65536.0
+
+    def __post_init__(self, **kwargs):
+        if kwargs.get("attn_implementation") is None and not kwargs.get("output_attentions"):
+            kwargs["attn_implementation"] = IO_AWARE
+        super().__post_init__(**kwargs)
+        if self.position_embedding_type not in self.position_embedding_types:
+            raise ValueError(
+                f"position_embedding_type must be one of {self.position_embedding_types}, "
+                f"got {self.position_embedding_type!r}"
+            )
+        head_dim = self.hidden_size // self.num_attention_heads
+        multiple = _HEAD_DIM_MULTIPLE[self.position_embedding_type]
+        if head_dim % multiple:
+            raise ValueError(f"{self.position_embedding_type} needs a head dim divisible by {multiple}, got {head_dim}")
+        if self.block_sparse is not None:
+            check_config(self.block_sparse)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Hugging Face's, and the stub by which `trust_remote_code=True` finds this library; see auto.py."""
+        write_stub(self, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class FlashBertConfig(FlashConfigMixin, BertConfig):
     """A BERT with IO-aware attention, optionally block-sparse, and a choice of positions.
 
     Fields on top of `BertConfig`:
@@ -23,27 +58,25 @@ class FlashBertConfig(BertConfig):
     """
 
     model_type = "flash_bert"
+    position_embedding_types: ClassVar = ("absolute", "rotary", "rotary_2d")
 
-    position_embedding_type: str = "absolute"
-    block_sparse: dict | None = None
     num_global_tokens: int = 0
     image_block_size: int = 64
-    rotary_max_wavelength: float | int = 65536.0
 
     def __post_init__(self, **kwargs):
-        if kwargs.get("attn_implementation") is None and not kwargs.get("output_attentions"):
-            kwargs["attn_implementation"] = IO_AWARE
         super().__post_init__(**kwargs)
-        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
-            raise ValueError(
-                f"position_embedding_type must be one of {POSITION_EMBEDDING_TYPES}, "
-                f"got {self.position_embedding_type!r}"
-            )
-        head_dim = self.hidden_size // self.num_attention_heads
-        multiple = {"rotary": 2, "rotary_2d": 4}.get(self.position_embedding_type, 1)
-        if head_dim % multiple:
-            raise ValueError(f"{self.position_embedding_type} needs a head dim divisible by {multiple}, got {head_dim}")
         if self.image_block_size not in BLOCK_SIZES:
             raise ValueError(f"image_block_size must be one of {BLOCK_SIZES}, got {self.image_block_size}")
-        if self.block_sparse is not None:
-            check_config(self.block_sparse)
+
+
+class FlashGPT2Config(FlashConfigMixin, GPT2Config):
+    """A GPT-2 with IO-aware attention, optionally block-sparse, and a choice of positions.
+
+    Fields on top of `GPT2Config`:
+        position_embedding_type: "absolute" (GPT-2's table) or "rotary", which has no table and no longest input:
+            `n_positions` does not bind it.
+        block_sparse: None for exact attention, or a dict as in `layouts.from_config`; always causal too.
+        rotary_max_wavelength: longest wavelength of the rotation in tokens.
+    """
+
+    model_type = "flash_gpt2"

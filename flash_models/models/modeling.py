@@ -1,68 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT with IO-aware attention: Hugging Face's classes and weight names, with other defaults and positions."""
+"""What the models of this library change in Hugging Face's: the default attention, and positions that are rotary."""
 
+import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    BertForSequenceClassification,
-    BertModel,
-)
-from transformers.models.bert.modeling_bert import BertEmbeddings
+from torch import nn
+from transformers import GenerationMixin, GPT2PreTrainedModel
 
-from .configuration import IO_AWARE, FlashBertConfig
-from .rotary import ROTARY_TYPES
+from .auto import OwnCode
+from .configuration import IO_AWARE, FlashBertConfig, FlashGPT2Config
+from .rotary import is_rotary
 
 
-class FlashBertEmbeddings(BertEmbeddings):
-    """BERT's embeddings, without a position table if positions are rotary (those are applied to q and k)."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.config = config
-        self.rotary = config.position_embedding_type in ROTARY_TYPES
-        if self.rotary:
-            self.position_embeddings = None
-
-    def forward(
-        self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None, past_key_values_length=0
-    ):
-        """Embeddings (B, S, hidden_size) of input_ids (B, S) or inputs_embeds (B, S, hidden_size)."""
-        implementation = self.config._attn_implementation
-        if implementation != IO_AWARE and (self.rotary or self.config.block_sparse is not None):
-            what = "rotary positions" if self.rotary else "block_sparse attention"
-            raise ValueError(
-                f"this model has {what}, which attn_implementation={implementation!r} would silently leave out; "
-                f"use {IO_AWARE!r}"
-            )
-        if not self.rotary:
-            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
-        embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if token_type_ids is None:
-            # the row itself, because the gradient of a lookup would add up B * S rows one by one
-            embeddings = embeddings + self.token_type_embeddings.weight[0]
-        else:
-            embeddings = embeddings + self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.LayerNorm(embeddings))
+def _before_forward(module, args, kwargs):
+    """Forward pre-hook of a BertModel or GPT2Model: refuse a wrong attention; no key-value cache while training."""
+    config = module.config
+    implementation = config._attn_implementation
+    if implementation != IO_AWARE and (is_rotary(config) or config.block_sparse is not None):
+        what = "rotary positions" if is_rotary(config) else "block_sparse attention"
+        raise ValueError(
+            f"this model has {what}, which attn_implementation={implementation!r} would silently leave out; "
+            f"use {IO_AWARE!r}"
+        )
+    # config.use_cache is meant for generate; in training the cache would copy every key and value for nothing
+    if module.training and len(args) < 2 and kwargs.get("past_key_values") is kwargs.get("use_cache") is None:
+        kwargs["use_cache"] = False
+    return args, kwargs
 
 
-class FlashBertMixin:
-    """What every FlashBert class adds to its BERT class."""
-
-    config_class = FlashBertConfig
-    # of a vanilla checkpoint loaded with rotary positions
-    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_embeddings\.weight"]
+class FlashMixin(OwnCode):
+    """What every class of this library adds to its Hugging Face class."""
 
     def __init__(self, config, *args, **kwargs):
-        if not isinstance(config, FlashBertConfig):
+        if not isinstance(config, self.config_class):
+            expected = self.config_class.__name__
             raise TypeError(
-                f"{type(self).__name__} takes a FlashBertConfig, got {type(config).__name__}; "
-                "convert it with FlashBertConfig(**config.to_dict())"
+                f"{type(self).__name__} takes a {expected}, got {type(config).__name__}; "
+                f"convert it with {expected}(**config.to_dict())"
             )
         super().__init__(config, *args, **kwargs)
-        self.base_model.embeddings = FlashBertEmbeddings(config)
-        self.post_init()
+        self.base_model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        if isinstance(self, GenerationMixin) and self.loss_type is None:
+            # transformers would take the same loss, with a warning that torch.compile cannot trace
+            self.loss_type = "ForCausalLM"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -74,14 +53,61 @@ class FlashBertMixin:
             ) from error
 
 
-class FlashBertModel(FlashBertMixin, BertModel):
-    """`BertModel` with the configuration `FlashBertConfig`."""
+class RotaryBertEmbeddings(nn.Module):
+    """The parts of a `BertEmbeddings` that are left without its position table; q and k are rotated instead."""
+
+    def __init__(self, embeddings):
+        super().__init__()
+        self.word_embeddings = embeddings.word_embeddings
+        self.token_type_embeddings = embeddings.token_type_embeddings
+        self.LayerNorm = embeddings.LayerNorm
+        self.dropout = embeddings.dropout
+
+    def forward(
+        self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None, past_key_values_length=0
+    ):
+        """Embeddings (B, S, hidden_size) of input_ids (B, S) or inputs_embeds (B, S, hidden_size)."""
+        embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is None:
+            # the row itself, because the gradient of a lookup would add up B * S rows one by one
+            embeddings = embeddings + self.token_type_embeddings.weight[0]
+        else:
+            embeddings = embeddings + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(embeddings))
 
 
-class FlashBertForSequenceClassification(FlashBertMixin, BertForSequenceClassification):
-    """`BertForSequenceClassification` with the configuration `FlashBertConfig`."""
+class FlashBertMixin(FlashMixin):
+    """What every FlashBert class adds to its BERT class."""
+
+    config_class = FlashBertConfig
+    # of a vanilla checkpoint loaded with rotary positions
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_embeddings\.weight"]
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if is_rotary(config):
+            self.base_model.embeddings = RotaryBertEmbeddings(self.base_model.embeddings)
 
 
-AutoConfig.register(FlashBertConfig.model_type, FlashBertConfig)
-AutoModel.register(FlashBertConfig, FlashBertModel)
-AutoModelForSequenceClassification.register(FlashBertConfig, FlashBertForSequenceClassification)
+class NoPositions(nn.Module):
+    """In the place of GPT-2's position table: q and k are rotated instead."""
+
+    def forward(self, position_ids):
+        """A zero, which GPT-2 adds to its embeddings."""
+        return torch.zeros((), device=position_ids.device)
+
+
+class FlashGPT2Mixin(FlashMixin):
+    """What every FlashGPT2 class adds to its GPT-2 class."""
+
+    config_class = FlashGPT2Config
+    # the second of a vanilla checkpoint loaded with rotary positions
+    _keys_to_ignore_on_load_unexpected = [*GPT2PreTrainedModel._keys_to_ignore_on_load_unexpected, r"wpe\.weight"]
+
+    def __init__(self, config, *args, **kwargs):
+        from ..hf import _spare_packed_mask  # here, because hf.py imports this package
+
+        super().__init__(config, *args, **kwargs)
+        self.base_model.register_forward_pre_hook(_spare_packed_mask, with_kwargs=True)
+        if is_rotary(config):
+            self.base_model.wpe = NoPositions()
