@@ -4,7 +4,7 @@
 # make demo      evaluate the Path-X checkpoint on 64 images: accuracy and a figure
 # make bench     time attention against PyTorch's own
 # make lint      what pre-commit checks; `make format` repairs what it can
-# make kernels   only the library, straight into flash_models/, rebuilt where a source changed
+# make kernels   only install, which rebuilds the kernels where a source changed
 # make sanitize  every CUDA kernel under compute-sanitizer: memory errors and races
 #
 # Everything is installed once, into .venv. On a machine that has its own torch and no package index, use that one and
@@ -52,7 +52,7 @@ format: $(READY)
 	$(WITH_TOOLS) ruff format .
 	$(WITH_TOOLS) clang-format -i $$(find kernels tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-kernels: flash_models/_kernels.so
+kernels: $(READY)
 
 clean:
 	rm -rf build dist flash_models/_kernels.so

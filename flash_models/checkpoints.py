@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoints of this project, their model cards, and what must hold of a folder before it is published."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import SafetensorError, safe_open
+
+from . import models
+
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".msgpack", ".h5"}
+INDEX = "model.safetensors.index.json"
+RESULTS_BEGIN, RESULTS_END = "<!-- results -->", "<!-- /results -->"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that the project ships in model_cards/<name>, made by eval/recipes/<name>.sh."""
+
+    name: str
+    title: str
+    task: str
+    pipeline_tag: str
+    license: str
+    max_tokens: int
+    script: str
+
+    @property
+    def folder(self):
+        return f"model_cards/{self.name}"
+
+
+CHECKPOINTS = {
+    checkpoint.name: checkpoint
+    for checkpoint in (
+        Checkpoint(
+            name="pathx-16k-flash",
+            title="Path-X",
+            task="are the two markers of a 128 x 128 Pathfinder image on one curve? One token a pixel",
+            pipeline_tag="image-classification",
+            license="apache-2.0",
+            max_tokens=16_448,
+            script="eval/pathx.py",
+        ),
+    )
+}
+
+PIPELINE_TAGS = {  # of what a head is for, where the checkpoint is not one of the above
+    "ForMaskedLM": "fill-mask",
+    "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "Model": "feature-extraction",
+}
+METRICS = {"accuracy": "Accuracy", "f1": "F1", "perplexity": "Perplexity"}
+
+
+def _read_json(path, what):
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {what} {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} {path} holds no JSON object")
+    return content
+
+
+def _scores(path, name):
+    """{what was evaluated: its result} of the JSON file that an evaluation script wrote for the model `name`."""
+    report = _read_json(path, "the results")
+    results = report.get("results")
+    scored = {
+        key: result
+        for key, result in (results.items() if isinstance(results, dict) else ())
+        if isinstance(result, dict) and any(metric in result for metric in METRICS)
+    }
+    if not scored or "task" not in report:
+        raise ValueError(
+            f'{path} has no scores: expected what an evaluation script writes as all_results.json, {{"task": ..., '
+            f'"model": ..., "results": {{name: {{metric: number}}}}}} with a metric out of {", ".join(METRICS)}'
+        )
+    evaluated = Path(str(report.get("model"))).name
+    if evaluated != name:
+        raise ValueError(f"{path} holds the scores of {evaluated}, not of {name}; evaluate this checkpoint first")
+    return report, scored
+
+
+def _eval_results(report, scored, pipeline_tag, title):
+    for key, result in scored.items():
+        for metric in (metric for metric in METRICS if metric in result):
+            details = {name: result[name] for name in ("ci95", "num_samples") if name in result}
+            yield EvalResult(
+                task_type=pipeline_tag or "other",
+                dataset_type=report["task"],
+                dataset_name=f"{title} ({key})",
+                dataset_config=key,
+                dataset_split=result.get("source"),
+                metric_type=metric,
+                metric_value=result[metric],
+                metric_name=METRICS[metric],
+                metric_args=details or None,
+            )
+
+
+def _table(report, scored, source):
+    lines = ["| data | metric | score | 95% interval | samples |", "|---|---|---|---|---|"]
+    for key, result in scored.items():
+        for metric in (metric for metric in METRICS if metric in result):
+            low, high = result.get("ci95") or (None, None)
+            interval = f"{low:.4f} to {high:.4f}" if metric == "accuracy" and low is not None else ""
+            data = f"{key}, {result['source']}" if result.get("source") else key
+            samples = result.get("num_samples", "")
+            lines.append(f"| {data} | {METRICS[metric]} | {result[metric]:.4f} | {interval} | {samples} |")
+    versions = [f"{name} {version}" for name, version in report.get("versions", {}).items()]
+    where = [str(report[key]) for key in ("device", "dtype") if report.get(key)]
+    conditions = f" ({', '.join(where + versions)})" if where or versions else ""
+    return "\n".join([*lines, "", f"From `{source}`{conditions}."])
+
+
+def _usage(config, name):
+    head = (config.get("architectures") or ["Model"])[0]
+    auto = next(
+        (f"AutoModel{tag}" for tag in PIPELINE_TAGS if tag.startswith("For") and head.endswith(tag)), "AutoModel"
+    )
+    auto = "AutoModelForCausalLM" if head.endswith("LMHeadModel") else auto
+    load = f'model = transformers.{auto}.from_pretrained("{name}")'
+    return f"```python\nimport flash_models\nimport transformers\n\n{load}\n```"
+
+
+def _body(folder, config, shipped):
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    tokens = shipped.max_tokens if shipped else positions
+    summary = f"{shipped.title}: {shipped.task}." if shipped else "A BERT- or GPT-2-class model with a long context."
+    parts = [f"# {folder.name}", f"{summary} It takes {tokens:,} tokens.", "## Use", _usage(config, folder.name)]
+    parts.append("Needs [flash-models](https://arxiv.org/abs/2205.14135)'s library, `flash_models`, to be installed.")
+    if config.get("block_sparse"):
+        parts.append(f"Attention is block-sparse: `{json.dumps(config['block_sparse'])}`.")
+    parts += ["## Results", RESULTS_BEGIN, RESULTS_END]
+    if shipped:
+        command = f"eval/recipes/{shipped.name}.sh\npython {shipped.script} --model_name_or_path {shipped.folder}"
+        parts += ["## Train and evaluate", f"```sh\n{command}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_card(folder, results=None, license=None):
+    """Write or update `folder`/README.md: metadata for the Hub, and the scores in `results`, a JSON file. Returns its
+    path.
+
+    What a person wrote stays: text outside of the lines between "<!-- results -->" and "<!-- /results -->", and
+    metadata fields that are set. Scores come from the file alone, never from an older card.
+    """
+    folder = Path(folder).resolve()
+    config = _read_json(folder / "config.json", "the configuration")
+    shipped = CHECKPOINTS.get(folder.name)
+    path = folder / "README.md"
+    written = path.is_file() and path.read_text("utf-8").strip()
+    card = ModelCard.load(path) if written else ModelCard("---\n{}\n---\n" + _body(folder, config, shipped))
+    data = card.data
+    data.license = license or data.license or (shipped.license if shipped else None)
+    if not data.license:
+        raise ValueError(f"the licence of {folder.name} is not known; name it with --license, such as apache-2.0")
+    head = (config.get("architectures") or [""])[0]
+    tag = next((tag for ending, tag in PIPELINE_TAGS.items() if head.endswith(ending)), None)
+    data.pipeline_tag = data.pipeline_tag or (shipped.pipeline_tag if shipped else tag)
+    data.library_name = data.library_name or "transformers"
+    kinds = ["flash-models", "long-context", *(["block-sparse"] if config.get("block_sparse") else [])]
+    data.tags = [*(data.tags or []), *(kind for kind in kinds if kind not in (data.tags or []))]
+    if results is not None:
+        report, scored = _scores(results, folder.name)
+        data.model_name = folder.name
+        title = shipped.title if shipped else report["task"]
+        data.eval_results = list(_eval_results(report, scored, data.pipeline_tag, title))
+        if RESULTS_BEGIN not in card.text or RESULTS_END not in card.text:
+            card.text = f"{card.text.rstrip()}\n\n## Results\n\n{RESULTS_BEGIN}\n\n{RESULTS_END}\n"
+        before, _, rest = card.text.partition(RESULTS_BEGIN)
+        after = rest.partition(RESULTS_END)[2]
+        table = _table(report, scored, _shown(results))
+        card.text = f"{before}{RESULTS_BEGIN}\n\n{table}\n\n{RESULTS_END}{after}"
+    ModelCardData(**data.to_dict())  # raises if the metadata would not load again
+    card.save(path)
+    return path
+
+
+def _shown(path):
+    """`path` as the card names it: from the repository's root on, and never with the folders of this machine."""
+    parts = Path(path).resolve().parts
+    return "/".join(parts[len(parts) - parts[::-1].index("eval") - 1 :]) if "eval" in parts else parts[-1]
+
+
+def _weight_files(folder):
+    if not (folder / INDEX).is_file():
+        return ["model.safetensors"]
+    weight_map = _read_json(folder / INDEX, "the weight index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} has no weight_map; save the model again")
+    return sorted(set(weight_map.values()))
+
+
+def check_folder(folder):
+    """The files of the checkpoint in `folder`, as sorted relative paths, if it may be published; else ValueError.
+
+    There must be config.json, README.md and complete, readable safetensors weights that are exactly those of the
+    model, and no file that runs code when it is loaded.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    files = sorted(path.as_posix() for path in paths if not {".git", ".cache"} & set(path.parts))
+    pickles = [file for file in files if Path(file).suffix.lower() in PICKLES]
+    if pickles:
+        raise ValueError(
+            f"{', '.join(pickles)}: only safetensors weights are published, other formats can run code when they are "
+            "loaded. Save the model with save_pretrained and remove these files"
+        )
+    for file in ("config.json", "README.md"):
+        if file not in files:
+            hint = "; write it with `flash-models card`" if file == "README.md" else ""
+            raise ValueError(f"{folder} has no {file}{hint}")
+    for file in _weight_files(folder):
+        if file not in files:
+            raise ValueError(f"{folder} has no {file}; the weights must be there as safetensors")
+        try:
+            with safe_open(folder / file, "pt") as weights:
+                list(weights.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / file} is damaged or cut short ({error}); save the model again") from None
+    _check_weights_fit(folder)
+    return files
+
+
+def _check_weights_fit(folder):
+    """Raise ValueError unless the weights in `folder` are those that its architecture has, none more and none less."""
+    head = (_read_json(folder / "config.json", "the configuration").get("architectures") or ["no class"])[0]
+    model_class = getattr(models, head, None) or getattr(transformers, head, None)
+    if model_class is None:
+        raise ValueError(
+            f"config.json of {folder} names the class {head}, which neither this library nor transformers has"
+        )
+    _, report = model_class.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    for kind in ("missing", "mismatched", "unexpected"):
+        keys = sorted(str(key) for key in report[f"{kind}_keys"])
+        if keys:
+            names = ", ".join(keys[:5]) + (" and more" if len(keys) > 5 else "")
+            raise ValueError(f"the weights in {folder} do not fit {head}: {kind} {names}; save the model again")
