@@ -127,9 +127,9 @@ COMMANDS = {
     "convert": (
         convert,
         "Make a BERT or GPT-2 checkpoint longer, block-sparse or both.\n\n"
-        "A dense result keeps its model type and loads anywhere. A block-sparse one becomes a flash_bert or flash_gpt2,\n"
-        "which needs this library: plain transformers would silently run it dense. A longer position table is a start\n"
-        "for fine-tuning.",
+        "A dense result keeps its model type and loads anywhere. A block-sparse one becomes a flash_bert or\n"
+        "flash_gpt2, which needs this library: plain transformers would silently run it dense. A longer position\n"
+        "table is a start for fine-tuning.",
         _convert_arguments,
     ),
     "card": (
@@ -164,17 +164,21 @@ def _reason(error):
     return " ".join(reasons)
 
 
-def main(argv=None):
-    import httpx
+def _is_network_error(error):
+    """Whether it comes from the HTTP library of huggingface_hub, which is httpx or httpx2."""
+    return type(error).__module__.startswith("httpx")
 
+
+def main(argv=None):
     args = parse_args(argv)
     try:
         args.run(args)
-    # what a wrong argument, file or connection raises: the message says it all, and a traceback would hide it
-    except (ValueError, OSError, RuntimeError, httpx.HTTPError) as error:
-        again = (
-            "; run the same command again to continue" if isinstance(error.__cause__ or error, httpx.HTTPError) else ""
-        )
+    except Exception as error:
+        # what a wrong argument, file or connection raises: the message says it all, a traceback would hide it
+        if not isinstance(error, (ValueError, OSError, RuntimeError)) and not _is_network_error(error):
+            raise
+        cut_off = _is_network_error(error) or _is_network_error(error.__cause__)
+        again = "; run the same command again to continue" if cut_off else ""
         raise SystemExit(f"flash-models: {_without_token(_reason(error))}{again}") from None
 
 

@@ -264,8 +264,10 @@ def patch(model, block_sparse=None):
     for module in patched:
         if not hasattr(module, _BEFORE_PATCH):
             config = module.config
-            setattr(module, _BEFORE_PATCH, (config._attn_implementation, getattr(config, "block_sparse", _NOT_SET)))
-            if isinstance(module, GPT2Model):
+            hook = isinstance(module, GPT2Model) and _spare_packed_mask not in module._forward_pre_hooks.values()
+            before = config._attn_implementation, getattr(config, "block_sparse", _NOT_SET), hook
+            setattr(module, _BEFORE_PATCH, before)
+            if hook:  # a FlashGPT2Model has its own, which unpatch leaves in place
                 module.register_forward_pre_hook(_spare_packed_mask, with_kwargs=True)
     for module in patched:  # a config is shared by many modules: all have been read before the first is written
         module.config._attn_implementation = IO_AWARE
@@ -279,7 +281,7 @@ def unpatch(model):
     for module in model.modules():
         if not hasattr(module, _BEFORE_PATCH):
             continue
-        implementation, block_sparse = getattr(module, _BEFORE_PATCH)
+        implementation, block_sparse, hooked = getattr(module, _BEFORE_PATCH)
         delattr(module, _BEFORE_PATCH)
         module.config._attn_implementation = implementation
         if block_sparse != _NOT_SET:
@@ -287,7 +289,7 @@ def unpatch(model):
         elif hasattr(module.config, "block_sparse"):
             del module.config.block_sparse
         for number, hook in list(module._forward_pre_hooks.items()):
-            if hook is _spare_packed_mask:
+            if hooked and hook is _spare_packed_mask:
                 del module._forward_pre_hooks[number]
                 module._forward_pre_hooks_with_kwargs.pop(number, None)
     return model

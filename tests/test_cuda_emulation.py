@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The portable CUDA kernels, run on the CPU by `tests/emulation`, against the reference in float64.
 
-Where there is no GPU this is what stands between an edit of a kernel and a wrong result: the sources are compiled as C++
-with `ptx.cuh` and `launch.cuh` exchanged, nothing else. Registered as `emulated::attention_fwd` / `_bwd`.
+Where there is no GPU this is what stands between an edit of a kernel and a wrong result: the sources are compiled as
+C++ with `ptx.cuh` and `launch.cuh` exchanged, nothing else. Registered as `emulated::attention_fwd` / `_bwd`.
 """
 
 import os
@@ -18,11 +18,10 @@ from flash_models.layouts import from_block_mask
 from flash_models.reference import attention_reference
 
 ROOT = Path(__file__).parents[1]
-CUDA_INCLUDE = next(
-    (p for p in (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include",) if (p / "cuda_bf16.h").exists()), None
-)
+CUDA_INCLUDE = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 pytestmark = pytest.mark.skipif(
-    CUDA_INCLUDE is None or shutil.which("g++") is None, reason="needs g++ and the headers of a CUDA toolkit"
+    not (CUDA_INCLUDE / "cuda_bf16.h").exists() or shutil.which("g++") is None,
+    reason="needs g++ and the headers of a CUDA toolkit",
 )
 
 
@@ -65,11 +64,13 @@ CASES = {
     "dropout": {"dropout_p": 0.3},
     "dropout-block-64-kv-range": {"dropout_p": 0.2, "block_size": 64, "kv_range": [[0, 70], [40, 101]]},
     "deterministic": {"deterministic": True},
-    "deterministic-dropout-causal-block-128": {"deterministic": True, "dropout_p": 0.2, "block_size": 128, "causal": True},
+    "deterministic-all": {"deterministic": True, "dropout_p": 0.2, "block_size": 128, "causal": True},
 }
 
 
-@pytest.mark.parametrize("head_dim, dtype", [(16, torch.bfloat16), (64, torch.bfloat16), (80, torch.float16), (128, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "head_dim, dtype", [(16, torch.bfloat16), (64, torch.bfloat16), (80, torch.float16), (128, torch.bfloat16)]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_match_reference(emulated, case, head_dim, dtype):
     options = dict(CASES[case])
@@ -95,10 +96,11 @@ def test_kernels_match_reference(emulated, case, head_dim, dtype):
         lists = (layout.row_start, layout.row_index, layout.col_start, layout.col_index)
     rng_state = torch.tensor([2**60 + 7, 3]) if dropout_p else None
     scale = head_dim**-0.5
-    arguments = (kv_range, *(cu or (None, None)), seqlen_q, seqlen_k, *lists, block_size, rng_state, dropout_p, scale, causal)
+    arguments = (kv_range, *(cu or (None, None)), seqlen_q, seqlen_k, *lists, block_size, rng_state, dropout_p, scale)
+    arguments += (causal, deterministic)
 
-    out, lse = emulated.attention_fwd(q, k, v, *arguments, deterministic)
-    gradients = emulated.attention_bwd(dout, out, lse, q, k, v, *arguments, deterministic)
+    out, lse = emulated.attention_fwd(q, k, v, *arguments)
+    gradients = emulated.attention_bwd(dout, out, lse, q, k, v, *arguments)
 
     inputs = [x.double().requires_grad_() for x in (q, k, v)]
     expected, expected_lse = attention_reference(
@@ -115,7 +117,8 @@ def test_kernels_match_reference(emulated, case, head_dim, dtype):
     expected_gradients = torch.autograd.grad(expected, inputs, dout.double())
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
     eps = torch.finfo(dtype).eps
-    for name, got, want in zip(("out", "dq", "dk", "dv"), (out, *gradients), (expected, *expected_gradients), strict=True):
+    results, wanted = (out, *gradients), (expected, *expected_gradients)
+    for name, got, want in zip(("out", "dq", "dk", "dv"), results, wanted, strict=True):
         # Rounding P, dS and the result to 16 bits: each a relative eps / 2 of terms that add up like a random walk.
         error = (got.double() - want).norm() / (want.norm() + want.numel() ** 0.5 * 0.1)
         assert error < 2 * eps, f"{name}: relative error {error:.2e}, expected below {2 * eps:.2e}"

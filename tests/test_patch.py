@@ -10,7 +10,7 @@ from tiny_models import MODELS, SPARSE, VOCABULARY, assert_same, padding, token_
 from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
-from flash_models import patch, unpatch
+from flash_models import FlashGPT2Config, FlashGPT2Model, patch, unpatch
 
 
 @pytest.fixture
@@ -90,3 +90,11 @@ def test_other_models_use_the_kernels_by_name(device, strict):
     ids, mask = token_ids(device), padding("right", device)
     results = [m(ids, attention_mask=mask).last_hidden_state * mask[..., None] for m in (other, plain, truth)]
     assert_same(*results)
+
+
+def test_unpatch_leaves_a_flash_gpt2_its_own_hook():
+    model = FlashGPT2Model(FlashGPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2))
+    hooks = list(model._forward_pre_hooks.values())
+    assert hooks
+    unpatch(patch(model))
+    assert list(model._forward_pre_hooks.values()) == hooks
