@@ -70,7 +70,7 @@ def _read_json(path, what):
 
 
 def _scores(path, name):
-    """{what was evaluated: its result} of the JSON file that an evaluation script wrote for the model `name`."""
+    """(report, {what was evaluated: its result}) of the JSON file that an evaluation wrote for the model `name`."""
     report = _read_json(path, "the results")
     results = report.get("results")
     scored = {
@@ -136,7 +136,7 @@ def _body(folder, config, shipped):
     tokens = shipped.max_tokens if shipped else positions
     summary = f"{shipped.title}: {shipped.task}." if shipped else "A BERT- or GPT-2-class model with a long context."
     parts = [f"# {folder.name}", f"{summary} It takes {tokens:,} tokens.", "## Use", _usage(config, folder.name)]
-    parts.append("Needs [flash-models](https://arxiv.org/abs/2205.14135)'s library, `flash_models`, to be installed.")
+    parts.append("Needs the library flash-models. Its attention: [FlashAttention](https://arxiv.org/abs/2205.14135).")
     if config.get("block_sparse"):
         parts.append(f"Attention is block-sparse: `{json.dumps(config['block_sparse'])}`.")
     parts += ["## Results", RESULTS_BEGIN, RESULTS_END]

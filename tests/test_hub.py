@@ -170,3 +170,7 @@ def test_refusals_to_upload_are_readable(hub, tmp_path):
     code, _, err = upload(hub, tmp_path, tmp_path / "model", "me/tiny-flash", token=None)
     assert code == 1 and "no token for the Hub: run `hf auth login`" in err and "Traceback" not in err
     assert not hub.repos
+    hub.shutdown()
+    hub.server_close()
+    code, _, err = upload(hub, tmp_path, tmp_path / "model", "me/tiny-flash")
+    assert code == 1 and "refused" in err and "run the same command again" in err and "Traceback" not in err
