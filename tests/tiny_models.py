@@ -46,15 +46,33 @@ def triplet(model, device):
     return patch(copy.deepcopy(plain)), plain, truth
 
 
-def assert_same(actual, plain, truth, name="result"):
-    """1e-5 of the largest entry, or of 1, in float32; in bfloat16 twice the error of plain PyTorch."""
-    if actual.dtype == torch.float32:
+def assert_same(actual, plain, truth, name="result", noise=1e-3):
+    """CPU, float32: 1e-5 of the largest entry, or of 1. CUDA, bfloat16: twice the error of plain PyTorch."""
+    dtype = working_dtype(actual.device)
+    if dtype == torch.float32:
         error, size = (actual - truth).abs().max().item(), truth.abs().max().item()
         assert actual.shape == truth.shape and error <= 1e-5 * max(size, 1), (
             f"{name}: error {error:.2e}, size {size:.2e}"
         )
     else:
-        assert_as_accurate_as(actual, plain, truth, name=name, noise=1e-3)
+        # A loss is float32, but computed from what is bfloat16.
+        assert_as_accurate_as(actual.to(dtype), plain, truth, name=name, noise=noise)
+
+
+def assert_all_same(actual, plain, truth):
+    """`assert_same` for dicts of results and of gradients, by parameter name."""
+    assert actual.keys() == truth.keys()
+    for name, value in truth.items():
+        if value is None:
+            assert actual[name] is None
+            continue
+        noise = 1e-3
+        if name.endswith("key.bias"):
+            # Its exact gradient is 0, for a softmax does not see what it adds. What is left is noise of the size that
+            # the gradient of the queries' bias has, in one tensor with it in GPT-2.
+            others = truth[name.removesuffix("key.bias") + "query.bias"]
+            noise += 2 * torch.finfo(torch.bfloat16).eps * others.abs().max().item()
+        assert_same(actual[name], plain[name], value, name, noise)
 
 
 def token_ids(device="cpu", batch=3, length=LENGTH):
