@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Backward pass for sm_80 and later (arXiv 2205.14135, Algorithm 4), three launches:
-//   1. delta = rowsum(dout * out), one warp a row
+//   1. delta = rowsum(dout * out)
 //   2. one CTA a tile of 64 keys walks the query tiles that see it. Scores are computed transposed, S^T = K Q^T, so
 //   that a
 //      warp's accumulators hold whole keys:
@@ -223,25 +223,32 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
   tiles.v().template store_rows<16>(16 * warp, dv_out, g.dv.seq, k_len - k0, dim);
 }
 
-// One warp a row.
-template <typename T>
+__host__ __device__ constexpr int lanes_of_row(int dim) { return dim <= 32 ? 4 : dim <= 64 ? 8 : 16; }
+
+// lanes_of_row() lanes a row, 16 bytes each.
+template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads)
     attention_bwd_delta(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g) {
-  const int lane = threadIdx.x % 32;
-  const int64_t item = blockIdx.x * int64_t{kThreads / 32} + threadIdx.x / 32;
+  constexpr int kLanes = lanes_of_row(kDim);
+  const int64_t item = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kLanes;
+  const int dim = 8 * (threadIdx.x % kLanes);
   const bool packed = p.cu_seqlens_q != nullptr;
   const int64_t rows = packed ? p.total_q : p.seqlen_q;
-  if (item >= rows * p.heads * (packed ? 1 : p.batch)) return;
+  const bool valid = item < rows * p.heads * (packed ? 1 : p.batch);
   const int64_t row = item % rows, head = item / rows % p.heads, batch = item / rows / p.heads;
   const T* out = static_cast<const T*>(p.out.data) + batch * p.out.batch + row * p.out.seq + head * p.out.head;
   const T* dout = static_cast<const T*>(g.dout.data) + batch * g.dout.batch + row * g.dout.seq + head * g.dout.head;
   float sum = 0.0f;
-  for (int d = 2 * lane; d < p.head_dim; d += 64)
-    sum += static_cast<float>(out[d]) * static_cast<float>(dout[d]) +
-           static_cast<float>(out[d + 1]) * static_cast<float>(dout[d + 1]);
+  if (valid && dim < p.head_dim) {
+    const uint4 a = *reinterpret_cast<const uint4*>(out + dim), b = *reinterpret_cast<const uint4*>(dout + dim);
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  if (lane == 0) g.delta[item] = sum;
+    for (int i = 0; i < 8; ++i)
+      sum +=
+          static_cast<float>(reinterpret_cast<const T*>(&a)[i]) * static_cast<float>(reinterpret_cast<const T*>(&b)[i]);
+  }
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (valid && dim == 0) g.delta[item] = sum;
 }
 
 // dq = scale * dq_sum, one CTA a query tile with the warp layout that added it up.
@@ -280,7 +287,8 @@ void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g) 
             key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kTile));
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
     const int64_t rows = (p.cu_seqlens_q != nullptr ? p.total_q : p.batch * p.seqlen_q) * p.heads;
-    launch("attention_bwd_delta", attention_bwd_delta<T>, ceil_div(rows, kThreads / 32), kThreads, 0, p.stream, p, g);
+    launch("attention_bwd_delta", attention_bwd_delta<T, kDim>, ceil_div(rows * lanes_of_row(kDim), kThreads), kThreads,
+           0, p.stream, p, g);
     launch("attention_bwd_dkv_sm80", attention_bwd_dkv_sm80<T, kDim, kDropout>, key_tiles * p.heads * p.batch, kThreads,
            BackwardTiles<T, kDim>::kBytes, p.stream, p, g, key_tiles);
     if (g.dq_sum != nullptr)
