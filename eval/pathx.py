@@ -65,7 +65,7 @@ def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
     add("--learning_rate", type=float, default=7e-4)
     add("--weight_decay", type=float, default=0.05)
     add("--lr_scheduler_type", choices=SCHEDULES, default="warmup_stable_decay")
-    add("--num_warmup_steps", type=int, default=400)
+    add("--num_warmup_steps", type=int, default=200)
     add("--num_decay_steps", type=int, help="of warmup_stable_decay (default: a fifth of all steps)")
     add("--max_grad_norm", type=float, default=1.0)
     add("--ema_decay", type=float, default=0.999, help="of the averaged weights that are evaluated and saved")

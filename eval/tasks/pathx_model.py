@@ -19,7 +19,7 @@ DEFAULT_CONFIG = {
     "vocab_size": 256 + NUM_GLOBAL,
     "hidden_size": 128,
     "num_hidden_layers": 8,
-    "num_attention_heads": 2,
+    "num_attention_heads": 4,
     "intermediate_size": 512,
     "initializer_range": 0.05,  # gives queries and keys the scale that 0.02 gives them at BERT-base's width
     "hidden_dropout_prob": 0.0,
