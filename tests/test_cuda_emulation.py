@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The portable CUDA kernels, run on the CPU by `tests/emulation`, against the reference in float64.
+"""The CUDA kernels, run on the CPU by `tests/emulation`, against the reference in float64.
 
 Where there is no GPU this is what stands between an edit of a kernel and a wrong result: the sources are compiled as
-C++ with `ptx.cuh` and `launch.cuh` exchanged, nothing else. Registered as `emulated::attention_fwd` / `_bwd`.
+C++ with the files exchanged that wrap instructions and the driver, nothing else. Registered as
+`emulated_sm80::attention_fwd` / `_bwd` (the portable kernels) and `emulated_sm90` (those for Hopper).
 """
 
 import os
@@ -25,14 +26,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
+# The kernels that stand for an op's CUDA backend on either generation; Hopper has no backward pass of its own yet.
+KERNELS = {
+    "sm80": {"attention_fwd": "attention_fwd_sm80", "attention_bwd": "attention_bwd_sm80"},
+    "sm90": {"attention_fwd": "attention_fwd_sm90", "attention_bwd": "attention_bwd_sm80"},
+}
+SOURCES = ("fwd_sm80.cu", "bwd_sm80.cu", "bwd_dq_sm80.cu", "fwd_sm90.cu", "op.cpp")
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def emulated(request, tmp_path_factory):
     """The emulated ops, compiled from the kernels as they are now."""
-    folder = tmp_path_factory.mktemp("emulated")
+    folder, name = tmp_path_factory.mktemp("emulated"), f"emulated_{request.param}"
     torch_dir = Path(torch.__file__).parent
     command = ["g++", "-std=c++20", "-O1", "-fPIC", "-w", "-x", "c++", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += [f"-D{name}_cpu={name}_cuda" for name in ("attention_fwd", "attention_bwd", "dq_sum_size")]
-    command += ["-Dflash_models=emulated"]
+    stand_ins = KERNELS[request.param] | {"dq_sum_size": "dq_sum_size_sm80"}
+    command += [f"-D{op}_cpu={kernel}" for op, kernel in stand_ins.items()]
+    command += [f"-Dflash_models={name}"]
     command += [f"-I{p}" for p in (ROOT / "tests/emulation", ROOT / "kernels", CUDA_INCLUDE, torch_dir / "include")]
 
     def compile_one(source):
@@ -41,12 +51,12 @@ def emulated(tmp_path_factory):
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, ("fwd_sm80.cu", "bwd_sm80.cu", "bwd_dq_sm80.cu", "op.cpp")))
-    library = folder / "emulated.so"
+        objects = list(pool.map(compile_one, SOURCES))
+    library = folder / f"{name}.so"
     link = [f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     subprocess.run(["g++", "-shared", "-o", library, *objects, *link], check=True)
     torch.ops.load_library(library)
-    return torch.ops.emulated
+    return getattr(torch.ops, name)
 
 
 CASES = {
@@ -54,6 +64,8 @@ CASES = {
     "one-token": {"seqlens": (1, 1)},
     "short": {"seqlens": (70, 3)},
     "causal": {"causal": True},
+    "long": {"seqlens": (200, 700)},  # the rings of K and V go round
+    "long-causal": {"seqlens": (390, 390), "causal": True, "dropout_p": 0.1},
     "causal-long-q": {"causal": True, "seqlens": (150, 70)},
     "kv-range": {"kv_range": [[5, 70], [9, 9]], "causal": True},
     "block-64": {"block_size": 64},
@@ -74,7 +86,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_match_reference(emulated, case, head_dim, dtype):
     options = dict(CASES[case])
-    if head_dim != 64 and case in ("block-64-heads-causal", "varlen-causal-block-64", "dropout-block-64-kv-range"):
+    if head_dim != 64 and case in ("long-causal", "block-64-heads-causal", "varlen-causal-block-64", "dropout-block-64-kv-range"):
         pytest.skip("the walk over tiles does not depend on the head dimension")
     seqlen_q, seqlen_k = options.pop("seqlens", (97, 101))
     deterministic, block_size = options.pop("deterministic", False), options.pop("block_size", 0)

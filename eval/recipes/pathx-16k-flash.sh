@@ -17,7 +17,7 @@ options=()
 
 python3 -m accelerate.commands.launch --num_processes "${PROCESSES:-1}" --num_machines 1 --mixed_precision bf16 \
     --dynamo_backend no eval/pathx.py --do_train --torch_compile --output_dir "$output" --seed 0 \
-    --curriculum "${CURRICULUM:-48:3:4:1000:128,64:5:6:1500:64,96:9:10:1200:32,128:::2400:32}" \
-    --learning_rate 7e-4 --num_warmup_steps 200 --lr_scheduler_type warmup_stable_decay --weight_decay 0.05 \
+    --curriculum "${CURRICULUM:-48:3:4:800:128,64:5:6:1200:64,96:9:10:1200:32,128:::2200:32}" \
+    --learning_rate 7e-4 --num_warmup_steps 200 --lr_scheduler_type cosine --weight_decay 0.05 \
     --curve_loss_weight 1.0 --curve_loss_weight_end 0.3 --curve_loss_layers half --ema_decay 0.999 \
     --contrast_jitter 0.2 --checkpointing_steps 500 --num_eval_samples 2000 "${options[@]}"

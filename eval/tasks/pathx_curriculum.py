@@ -14,7 +14,7 @@ from tasks.pathfinder import PathfinderSpec, generate_samples, split_seed
 from tasks.pathx_model import trace_map
 from torch.utils.data import DataLoader, Dataset
 
-DEFAULT_CURRICULUM = "48:3:4:1000:128,64:5:6:1500:64,96:9:10:1200:32,128:::2400:32"
+DEFAULT_CURRICULUM = "48:3:4:800:128,64:5:6:1200:64,96:9:10:1200:32,128:::2200:32"
 STAGE_IMAGES = 2**32  # distance, in the train split, between the first images of two stages
 
 

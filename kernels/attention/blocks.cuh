@@ -48,13 +48,14 @@ __device__ __forceinline__ Tiles tiles_of(const BlockLists& lists, int64_t block
 
 __device__ __forceinline__ int tiles_in(int tokens, int tile) { return (tokens + tile - 1) / tile; }
 
-// The tile, head and sequence of this CTA. The tiles of one head run side by side and share what they read in L2.
+// The tile, head and sequence of item `number` of a launch. The tiles of one head run side by side and share what they
+// read in L2.
 struct Place {
   int tile, head, batch;
 
   // `from_last`: start with the last tiles, where those have the most work.
-  __device__ __forceinline__ Place(const AttentionProblem& p, int tiles, bool from_last) {
-    const int line = blockIdx.x % tiles, sequence_head = blockIdx.x / tiles, heads = static_cast<int>(p.heads);
+  __device__ __forceinline__ Place(const AttentionProblem& p, int number, int tiles, bool from_last) {
+    const int line = number % tiles, sequence_head = number / tiles, heads = static_cast<int>(p.heads);
     tile = from_last ? tiles - 1 - line : line;
     head = sequence_head % heads;
     batch = sequence_head / heads;

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Lane lane;
   const int row0 = 16 * (threadIdx.x / 32);
 
-  const Place place(p, query_tiles, p.causal);
+  const Place place(p, blockIdx.x, query_tiles, p.causal);
   const int head = place.head, batch = place.batch;
   const Sequence s = sequence_of(p, batch);
   const int q0 = place.tile * kTileQ, q_len = static_cast<int>(s.q_len), dim = static_cast<int>(p.head_dim);
@@ -87,7 +87,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     multiply<T, kDim, false, true>(prob, tiles.q(), row0, tiles.k(stage), 0, lane.id);
     multiply<T, kDim, false, true>(ds, tiles.dout(), row0, tiles.v(stage), 0, lane.id);
     if (!visible.all(q0 + row0, k0, kTileK)) mask_scores(prob, visible, q0 + row0, k0, lane);
-    if constexpr (kDropout) drop(ds, p, batch * p.heads + head, q0 + row0, k0, lane);
+    if constexpr (kDropout) {
+      KeepBits<1, kTileK / 8> keep;
+      keep.draw(p, batch * p.heads + head, q0 + row0, k0, lane);
+      keep.drop(ds);
+    }
 #pragma unroll
     for (int n = 0; n < kTileK / 8; ++n) {
 #pragma unroll
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-void attention_bwd_dq_cuda(const AttentionProblem& p, const AttentionGradients& g) {
+void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g) {
   const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kTileQ));
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
     launch("attention_bwd_dq_sm80", attention_bwd_dq_sm80<T, kDim, kDropout>, query_tiles * p.heads * p.batch, kThreads,

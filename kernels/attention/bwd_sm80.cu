@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
   const int key0 = 32 * (warp / 2), query0 = 32 * (warp % 2), dim0 = kDim / 2 * (warp % 2);
 
   // The first keys have most work: under a causal mask, and as the global tokens of many layouts.
-  const Place place(p, key_tiles, false);
+  const Place place(p, blockIdx.x, key_tiles, false);
   const int head = place.head, batch = place.batch;
   const Sequence s = sequence_of(p, batch);
   const int k0 = place.tile * kTile, q_len = static_cast<int>(s.q_len), k_len = static_cast<int>(s.k_len);
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads)
   const Tile<T, kTile, kDim> tile{ptx::dynamic_shared()};
   const Lane lane;
   const int warp = threadIdx.x / 32;
-  const Place place(p, query_tile_count, false);
+  const Place place(p, blockIdx.x, query_tile_count, false);
   const int q0 = place.tile * kTile, head = place.head, batch = place.batch;
   const Sequence s = sequence_of(p, batch);
   if (q0 >= s.q_len) return;
@@ -278,11 +278,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t dq_sum_size_cuda(const AttentionProblem& p) {
+int64_t dq_sum_size_sm80(const AttentionProblem& p) {
   return p.deterministic ? 0 : p.heads * dq_tiles(p) * kTile * padded_dim(p.head_dim);
 }
 
-void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g) {
+void attention_bwd_sm80(const AttentionProblem& p, const AttentionGradients& g) {
   const int query_tile_count = static_cast<int>(ceil_div(p.seqlen_q, kTile)),
             key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kTile));
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
@@ -295,7 +295,7 @@ void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g) 
       launch("attention_bwd_store_dq", attention_bwd_store_dq<T, kDim>, query_tile_count * p.heads * p.batch, kThreads,
              Tile<T, kTile, kDim>::kBytes, p.stream, p, g, query_tile_count);
   });
-  if (g.dq_sum == nullptr) attention_bwd_dq_cuda(p, g);
+  if (g.dq_sum == nullptr) attention_bwd_dq_sm80(p, g);
 }
 
 }  // namespace flash_models

@@ -21,27 +21,34 @@ __device__ __forceinline__ uint32_t keep_bits(const Philox& bytes, uint32_t thre
   return bits;
 }
 
-// Zeroes the dropped elements of scores in natural layout: rows are queries q0 .., columns keys k0 .. (multiples of
-// 32).
+// What is kept of kM x kN fragments in natural layout: rows are queries q0 .., columns keys k0 .. (multiples of 32).
+// Drawn apart from its use, so that the draw can run while products are under way.
 template <int kM, int kN>
-__device__ __forceinline__ void drop(float (&p)[kM][kN][4], const AttentionProblem& problem, int64_t batch_head, int q0,
-                                     int k0, const Lane& lane) {
+struct KeepBits {
   static_assert(kN % 4 == 0);
+  uint32_t bits[kM][kN / 4];
+
+  __device__ __forceinline__ void draw(const AttentionProblem& p, int64_t batch_head, int q0, int k0,
+                                       const Lane& lane) {
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
+    for (int m = 0; m < kM; ++m)
 #pragma unroll
-    for (int patch = 0; patch < kN / 4; ++patch) {
-      const uint32_t bits =
-          keep_bits(dropout_patch(problem.rng_state, batch_head, q0 / 16 + m, k0 / 32 + patch, lane.id),
-                    problem.dropout_threshold);
+      for (int patch = 0; patch < kN / 4; ++patch)
+        bits[m][patch] = keep_bits(dropout_patch(p.rng_state, batch_head, q0 / 16 + m, k0 / 32 + patch, lane.id),
+                                   p.dropout_threshold);
+  }
+
+  // Zeroes the dropped elements.
+  __device__ __forceinline__ void drop(float (&x)[kM][kN][4]) const {
 #pragma unroll
-      for (int n = 0; n < 4; ++n)
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (!(bits >> (4 * n + i) & 1u)) p[m][4 * patch + n][i] = 0.0f;
-    }
+          if (!(bits[m][n / 4] >> (4 * (n % 4) + i) & 1u)) x[m][n][i] = 0.0f;
   }
-}
+};
 
 // The same bits for transposed scores: rows are 32 keys, columns 16 queries. A lane draws its natural share; the halves
 // of its word that belong to even and to odd keys are two elements of an 8x8 matrix of 16-bit words, and one movmatrix

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   const int warp = threadIdx.x / 32;
 
   // Most work first: the last queries under a causal mask, otherwise the first, the global tokens of many layouts.
-  const Place place(p, query_tiles, p.causal);
+  const Place place(p, blockIdx.x, query_tiles, p.causal);
   const int head = place.head, batch = place.batch;
   const Sequence s = sequence_of(p, batch);
   const int q0 = place.tile * kTileQ, q_len = static_cast<int>(s.q_len), dim = static_cast<int>(p.head_dim);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 
   const int row0 = 32 * warp;  // this warp's rows of the tile
   const float scale_log2 = p.scale * kLog2e;
-  float out[2][kDim / 8][4];
+  float out[2][kDim / 8][4], factor[2][2];
   clear(out);
   OnlineSoftmax<2> softmax;
 
@@ -85,15 +85,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     clear(scores);
     multiply<T, kDim, false, true>(scores, tiles.q(), row0, tiles.k(stage), 0, lane.id);
     if (!visible.all(q0 + row0, k0, kTileK)) mask_scores(scores, visible, q0 + row0, k0, lane);
-    softmax.update(scores, out, scale_log2);
-    if constexpr (kDropout) drop(scores, p, batch * p.heads + head, q0 + row0, k0, lane);
+    if (softmax.advance(scores, factor, scale_log2)) rescale(out, factor);
+    softmax.exponentiate(scores, scale_log2);
+    if constexpr (kDropout) {
+      KeepBits<2, kTileK / 8> keep;
+      keep.draw(p, batch * p.heads + head, q0 + row0, k0, lane);
+      keep.drop(scores);
+    }
     multiply_registers<T>(out, scores, tiles.v(stage), lane.id);
 
     position = next;
     stage ^= 1;
   }
 
-  float factor[2][2];
   softmax.finish(factor, kDropout ? p.keep_scale : 1.0f);
   if (lane.id % 4 == 0) {
     float* lse = p.lse + lse_offset(p, s, batch, head);
@@ -123,7 +127,7 @@ void launch_forward(const AttentionProblem& p) {
 
 }  // namespace
 
-void attention_fwd_cuda(const AttentionProblem& p) {
+void attention_fwd_sm80(const AttentionProblem& p) {
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
     // A query tile must lie within one block row, so blocks of 64 take CTAs of two warps.
     p.block_size == 64 ? launch_forward<T, kDim, 2, kDropout>(p) : launch_forward<T, kDim, 4, kDropout>(p);

@@ -41,9 +41,10 @@ struct OnlineSoftmax {
     for (int m = 0; m < kM; ++m) max[m][0] = max[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0.0f;
   }
 
-  // Turns scores into probabilities relative to `max`, after moving `max` and rescaling what was accumulated if needed.
-  template <int kN, int kO>
-  __device__ __forceinline__ void update(float (&s)[kM][kN][4], float (&out)[kM][kO][4], float scale_log2) {
+  // Moves `max` where the scores have outgrown it. If that is so for any row of the warp, returns true: what was
+  // accumulated is then to be multiplied by `factor`.
+  template <int kN>
+  __device__ __forceinline__ bool advance(const float (&s)[kM][kN][4], float (&factor)[kM][2], float scale_log2) {
     float top[kM][2];
     bool outgrown = false;
 #pragma unroll
@@ -59,12 +60,23 @@ struct OnlineSoftmax {
         outgrown = outgrown || (x - max[m][half]) * scale_log2 > kMaxGrowthLog2;  // false for -inf - -inf
       }
     }
-    if (__any_sync(~0u, outgrown)) {
+    if (!__any_sync(~0u, outgrown)) return false;
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) rescale(m, half, top[m][half], out, scale_log2);
+      for (int half = 0; half < 2; ++half) {
+        const float next = fmaxf(max[m][half], top[m][half]);
+        factor[m][half] = ptx::exp2_approx(max[m][half] * scale_log2 - finite_shift(next, scale_log2));
+        max[m][half] = next;
+        sum[m][half] *= factor[m][half];
+      }
     }
+    return true;
+  }
+
+  // Turns scores into probabilities relative to `max`.
+  template <int kN>
+  __device__ __forceinline__ void exponentiate(float (&s)[kM][kN][4], float scale_log2) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -106,16 +118,16 @@ struct OnlineSoftmax {
   static __device__ __forceinline__ float finite_shift(float max, float scale_log2) {
     return max == -INFINITY ? 0.0f : max * scale_log2;
   }
-
-  template <int kO>
-  __device__ __forceinline__ void rescale(int m, int half, float top, float (&out)[kM][kO][4], float scale_log2) {
-    const float next = fmaxf(max[m][half], top);
-    const float factor = ptx::exp2_approx(max[m][half] * scale_log2 - finite_shift(next, scale_log2));
-    max[m][half] = next;
-    sum[m][half] *= factor;
-#pragma unroll
-    for (int n = 0; n < kO; ++n) out[m][n][2 * half] *= factor, out[m][n][2 * half + 1] *= factor;
-  }
 };
+
+template <int kM, int kN>
+__device__ __forceinline__ void rescale(float (&acc)[kM][kN][4], const float (&factor)[kM][2]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[m][n][i] *= factor[m][i / 2];
+}
 
 }  // namespace flash_models

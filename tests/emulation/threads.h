@@ -45,12 +45,12 @@ struct Meeting {
   uint64_t round = 0;
 };
 
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = 512;
 inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers(kMaxThreads);
-inline int thread = 0, block = 0;
+inline int thread = 0, block = 0, grid = 0;
 inline std::function<void()> body;
-inline Meeting block_meeting, warp_meeting[kMaxThreads / 32];
+inline Meeting block_meeting, warp_meeting[kMaxThreads / 32], named_meeting[16];
 alignas(128) inline char shared_memory[256 << 10];
 
 inline void wait_for_all(Meeting& meeting, const std::function<void()>& last_one = nullptr) {
@@ -86,6 +86,7 @@ inline void run_thread() {
 inline void run_block(int threads) {
   block_meeting = {threads};
   for (Meeting& meeting : warp_meeting) meeting = {32};
+  for (Meeting& meeting : named_meeting) meeting = {};
   std::memset(shared_memory, 0xFF, sizeof(shared_memory));  // NaN in every type: what nobody wrote must not be read
   for (int t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
@@ -113,6 +114,7 @@ struct Index {
 
 #define threadIdx (emulation::Index{emulation::thread})
 #define blockIdx (emulation::Index{emulation::block})
+#define gridDim (emulation::Index{emulation::grid})
 
 using std::max;
 using std::min;
@@ -120,8 +122,9 @@ using std::min;
 inline void __syncthreads() { emulation::wait_for_all(emulation::block_meeting); }
 inline void __syncwarp() { emulation::wait_for_all(emulation::warp_meeting[emulation::thread / 32]); }
 
-inline float __shfl_xor_sync(unsigned, float x, int mask) {
-  return emulation::warp_instruction<float, float>(x, [mask](const float* in, float* out) {
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  return emulation::warp_instruction<T, T>(x, [mask](const T* in, T* out) {
     for (int lane = 0; lane < 32; ++lane) out[lane] = in[lane ^ mask];
   });
 }

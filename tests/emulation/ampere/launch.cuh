@@ -7,11 +7,14 @@
 
 namespace flash_models {
 
+inline int multiprocessors() { return 2; }  // few, so that CTAs take several tiles
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void*,
             const Arguments&... arguments) {
   if (threads > emulation::kMaxThreads || shared > static_cast<int>(sizeof(emulation::shared_memory)))
     throw std::runtime_error("the emulation is too small for this launch");
+  emulation::grid = static_cast<int>(blocks);
   emulation::body = [&] { kernel(arguments...); };
   for (int64_t block = 0; block < blocks; ++block) {
     emulation::block = static_cast<int>(block);

@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Forward pass for Hopper (sm_90a): FlashAttention (arXiv 2205.14135, Algorithm 1) on wgmma and the copy engine, with
+// the warp specialisation and the two overlaps of FlashAttention-3 (arXiv 2407.08608, Sections 3.1 and 3.2).
+//
+// A CTA owns a tile of 64 * kWarpgroups queries of one head at a time. One warp is the producer: it keeps the rings of
+// K and V tiles full. Each of kWarpgroups consumers owns 64 rows and all keys:
+//
+//   tensor cores   S1 = Q K1^T | O += P0 V0 | S2 = Q K2^T | O += P1 V1 | ...
+//   other units                  softmax S1 ............... softmax S2 ......     (products of one tile run under the
+//                                                                                  softmax of the next)
+// and the consumers take turns in issuing their products, so that one's softmax also runs under another's products.
+//
+//   shared memory   Q [kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | barriers
+//   registers       scores 64 x kTileK, output 64 x kDim, fp32, and probabilities 64 x kTileK, 16 bits, per warpgroup
+//   barriers        full: the copy engine has written a tile. empty: every consumer warp has read it.
+#include <algorithm>
+
+#include "dispatch.cuh"
+#include "dropout.cuh"
+#include "hopper/tile.cuh"
+#include "maps.h"
+#include "ring.cuh"
+#include "softmax.cuh"
+
+namespace flash_models {
+namespace {
+
+template <int kDim_, int kWarpgroups_, int kTileK_>
+struct ForwardConfig {
+  static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileK = kTileK_;
+  static constexpr int kTileQ = 64 * kWarpgroups, kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kStages = kDim <= 64 ? 4 : 2;
+  static constexpr int kCtasPerSm = kWarpgroups == 1 ? 2 : 1;
+  // What setmaxnreg hands from the producer to the consumers: 512 registers for each lane of the SM's four schedulers.
+  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 40 : 24;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
+};
+
+struct ForwardMaps {
+  CUtensorMap q, k, v;
+};
+
+template <typename T, typename Config>
+struct ForwardShared {
+  static constexpr int kStages = Config::kStages;
+  using Query = PanelTile<T, Config::kTileQ, Config::kDim>;
+  using Key = PanelTile<T, Config::kTileK, Config::kDim>;
+  static constexpr int kTiles = Query::kBytes + 2 * kStages * Key::kBytes, kBytes = kTiles + 8 * (3 + 4 * kStages);
+  uint32_t base;
+
+  __device__ __forceinline__ Query q() const { return {base}; }
+  __device__ __forceinline__ Key k(int stage) const { return {base + Query::kBytes + stage * Key::kBytes}; }
+  __device__ __forceinline__ Key v(int stage) const { return {base + Query::kBytes + (kStages + stage) * Key::kBytes}; }
+
+  __device__ __forceinline__ uint32_t q_full() const { return base + kTiles; }
+  __device__ __forceinline__ uint32_t q_empty() const { return base + kTiles + 8; }
+  __device__ __forceinline__ uint32_t v_raw() const { return base + kTiles + 16; }  // V before its rows are blanked
+  __device__ __forceinline__ uint32_t k_full(int stage) const { return base + kTiles + 24 + 8 * stage; }
+  __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kStages + stage); }
+  __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kStages + stage); }
+  __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kStages + stage); }
+
+  __device__ __forceinline__ void init_barriers() const {
+    constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
+    ptx::mbarrier_init(q_full(), 1);
+    ptx::mbarrier_init(q_empty(), kConsumerWarps);
+    ptx::mbarrier_init(v_raw(), 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(k_full(stage), 1);
+      ptx::mbarrier_init(v_full(stage), 1);
+      ptx::mbarrier_init(k_empty(stage), kConsumerWarps);
+      ptx::mbarrier_init(v_empty(stage), kConsumerWarps);
+    }
+    ptx::mbarrier_init_fence();
+  }
+};
+
+// One query tile of the grid's list, as producer and consumers both derive it.
+template <typename Config>
+struct QueryTile {
+  const Place place;
+  const Sequence s;
+  const int q0;
+  const Visible visible;
+  const Tiles walk;
+
+  // Most work first: the last queries under a causal mask, otherwise the first, the global tokens of many layouts.
+  __device__ __forceinline__ QueryTile(const AttentionProblem& p, int number, int query_tiles)
+      : place(p, number, query_tiles, p.causal),
+        s(sequence_of(p, place.batch)),
+        q0(place.tile * Config::kTileQ),
+        visible(p, s),
+        walk(key_tiles(p, visible, place.head, q0, Config::kTileQ, Config::kTileK)) {}
+
+  __device__ __forceinline__ bool exists() const { return q0 < s.q_len; }
+};
+
+// The consumers' turns: warpgroup `i` issues products after `i - 1` has.
+template <int kWarpgroups>
+struct Turns {
+  static __device__ __forceinline__ void take(int i) {
+    if constexpr (kWarpgroups > 1) ptx::named_barrier_sync(1 + i, 256);
+  }
+  static __device__ __forceinline__ void pass(int i) {
+    if constexpr (kWarpgroups > 1) ptx::named_barrier_arrive(1 + (i + 1) % kWarpgroups, 256);
+  }
+};
+
+template <typename T, typename Config>
+__device__ __forceinline__ void produce(const AttentionProblem& p, const ForwardMaps& maps, int query_tiles,
+                                        int tile_count) {
+  using Shared = ForwardShared<T, Config>;
+  const Shared shared{ptx::swizzled_shared()};
+  const bool leader = threadIdx.x == 0;
+  Ring<Config::kStages> ring;
+  uint32_t q_parity = 1, raw_parity = 0;
+  for (int number = blockIdx.x; number < tile_count; number += gridDim.x) {
+    const QueryTile<Config> tile(p, number, query_tiles);
+    int position = tile.walk.next(0);
+    if (!tile.exists() || position >= tile.walk.count) continue;
+    const int batch = p.cu_seqlens_q != nullptr ? 0 : tile.place.batch;  // packed tensors have one
+    const int key_begin = static_cast<int>(tile.s.k_begin);
+
+    ptx::mbarrier_wait(shared.q_empty(), q_parity);
+    q_parity ^= 1;
+    if (leader) {
+      ptx::mbarrier_arrive_expect(shared.q_full(), Shared::Query::kBytes);
+      shared.q().load(maps.q, shared.q_full(), static_cast<int>(tile.s.q_begin) + tile.q0, tile.place.head, batch);
+    }
+    for (; position < tile.walk.count; position = tile.walk.next(position + 1), ring.advance()) {
+      const int k0 = tile.walk.tile(position) * Config::kTileK;
+      ptx::mbarrier_wait(shared.k_empty(ring.stage), ring.parity ^ 1);
+      if (leader) {
+        ptx::mbarrier_arrive_expect(shared.k_full(ring.stage), Shared::Key::kBytes);
+        shared.k(ring.stage).load(maps.k, shared.k_full(ring.stage), key_begin + k0, tile.place.head, batch);
+      }
+      // Rows of V that no query may see meet probabilities of 0, but 0 * NaN is NaN: padding may hold anything.
+      const int first = max(0, tile.visible.lo - k0), last = min(Config::kTileK, tile.visible.hi - k0);
+      const bool blank = first > 0 || last < Config::kTileK;
+      const uint32_t arrived = blank ? shared.v_raw() : shared.v_full(ring.stage);
+      ptx::mbarrier_wait(shared.v_empty(ring.stage), ring.parity ^ 1);
+      if (leader) {
+        ptx::mbarrier_arrive_expect(arrived, Shared::Key::kBytes);
+        shared.v(ring.stage).load(maps.v, arrived, key_begin + k0, tile.place.head, batch);
+      }
+      if (blank) {
+        ptx::mbarrier_wait(shared.v_raw(), raw_parity);
+        raw_parity ^= 1;
+        shared.v(ring.stage).zero_rows(0, first);
+        shared.v(ring.stage).zero_rows(last, Config::kTileK);
+        ptx::fence_proxy_async();
+        __syncwarp();
+        if (leader) ptx::mbarrier_arrive(shared.v_full(ring.stage));
+      }
+    }
+  }
+}
+
+template <typename T, typename Config, bool kDropout>
+__device__ __forceinline__ void consume(const AttentionProblem& p, int query_tiles, int tile_count) {
+  constexpr int kDim = Config::kDim, kTileK = Config::kTileK;
+  const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
+  const Lane lane;
+  const int warpgroup = threadIdx.x / 128 - 1, row0 = 64 * warpgroup + threadIdx.x % 128 / 32 * 16;
+  const float scale_log2 = p.scale * kLog2e;
+  auto release = [&](uint32_t barrier) {
+    if (lane.id == 0) ptx::mbarrier_arrive(barrier);
+  };
+  Ring<Config::kStages> keys, values;
+  uint32_t q_parity = 0;
+  if (warpgroup == Config::kWarpgroups - 1) Turns<Config::kWarpgroups>::pass(warpgroup);
+
+  for (int number = blockIdx.x; number < tile_count; number += gridDim.x) {
+    const QueryTile<Config> tile(p, number, query_tiles);
+    if (!tile.exists()) continue;
+    const int q0 = tile.q0 + row0, head = tile.place.head;
+    float scores[1][kTileK / 8][4], out[1][kDim / 8][4], factor[1][2];
+    uint32_t probabilities[kTileK / 16][4];
+    OnlineSoftmax<1> softmax;
+    KeepBits<1, kTileK / 8> keep;
+    clear(out);
+
+    // Between the products of a tile: scores become probabilities. Returns whether the output is to be rescaled.
+    auto soften = [&](int k0) {
+      if (!tile.visible.all(q0, k0, kTileK)) mask_scores(scores, tile.visible, q0, k0, lane);
+      const bool moved = softmax.advance(scores, factor, scale_log2);
+      softmax.exponentiate(scores, scale_log2);
+      if constexpr (kDropout) keep.drop(scores);
+      return moved;
+    };
+    auto draw = [&](int k0) {
+      if constexpr (kDropout) keep.draw(p, tile.place.batch * p.heads + head, q0, k0, lane);
+    };
+
+    int position = tile.walk.next(0);
+    if (position < tile.walk.count) {
+      ptx::mbarrier_wait(shared.q_full(), q_parity);
+      q_parity ^= 1;
+      ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
+      ptx::wgmma_fence();
+      multiply_rows<T>(scores, shared.q(), 64 * warpgroup, shared.k(keys.stage));
+      ptx::wgmma_commit();
+      int k0 = tile.walk.tile(position) * kTileK;
+      draw(k0);
+      ptx::wgmma_wait<0>();
+      release(shared.k_empty(keys.stage));
+      keys.advance();
+      soften(k0);
+      pack_operands<T>(probabilities, scores);
+
+      while ((position = tile.walk.next(position + 1)) < tile.walk.count) {
+        k0 = tile.walk.tile(position) * kTileK;
+        ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
+        Turns<Config::kWarpgroups>::take(warpgroup);
+        ptx::wgmma_fence();
+        multiply_rows<T>(scores, shared.q(), 64 * warpgroup, shared.k(keys.stage));
+        ptx::wgmma_commit();
+        ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
+        ptx::wgmma_fence();
+        multiply_columns<T>(out, probabilities, shared.v(values.stage), true);
+        ptx::wgmma_commit();
+        Turns<Config::kWarpgroups>::pass(warpgroup);
+        draw(k0);
+        ptx::wgmma_wait<1>();
+        release(shared.k_empty(keys.stage));
+        keys.advance();
+        const bool moved = soften(k0);
+        ptx::wgmma_wait<0>();
+        release(shared.v_empty(values.stage));
+        values.advance();
+        if (moved) rescale(out, factor);
+        pack_operands<T>(probabilities, scores);
+      }
+      release(shared.q_empty());
+
+      ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
+      ptx::wgmma_fence();
+      multiply_columns<T>(out, probabilities, shared.v(values.stage), true);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      release(shared.v_empty(values.stage));
+      values.advance();
+    }
+
+    softmax.finish(factor, kDropout ? p.keep_scale : 1.0f);
+    const int rows = static_cast<int>(tile.s.q_len) - q0;
+    if (lane.id % 4 == 0) {
+      float* lse = p.lse + lse_offset(p, tile.s, tile.place.batch, head) + q0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (lane.row + 8 * half < rows) lse[lane.row + 8 * half] = softmax.lse(0, half, p.scale);
+    }
+    T* target = static_cast<T*>(p.out.data) + query_offset(p.out, tile.s, tile.place.batch, head) + q0 * p.out.seq;
+    store_fragments<T>(out, factor, target, p.out.seq, rows, static_cast<int>(p.head_dim), lane);
+  }
+}
+
+template <typename T, typename Config, bool kDropout>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
+    attention_fwd_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardMaps maps,
+                       int query_tiles, int tile_count) {
+  if (threadIdx.x == 0) ForwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers();
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    ptx::lower_registers<Config::kProducerRegisters>();
+    if (threadIdx.x < 32) produce<T, Config>(p, maps, query_tiles, tile_count);
+  } else {
+    ptx::raise_registers<Config::kConsumerRegisters>();
+    consume<T, Config, kDropout>(p, query_tiles, tile_count);
+  }
+}
+
+template <typename T, typename Config, bool kDropout>
+void launch_forward(const AttentionProblem& p) {
+  using Shared = ForwardShared<T, Config>;
+  const ForwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
+                         key_map<typename Shared::Key>(p, p.v)};
+  const int64_t query_tiles = ceil_div(p.seqlen_q, Config::kTileQ), tile_count = query_tiles * p.heads * p.batch;
+  if (tile_count > 0x7FFFFFFF)
+    throw std::runtime_error("flash_models: attention_fwd_sm90 takes fewer than 2^31 query tiles; split the batch");
+  // CTAs that stay save their start and hide their ends; with tiles of unequal work the hardware's queue is fairer.
+  const bool stay = !p.causal && p.rows.start == nullptr;
+  const int64_t ctas = stay ? std::min<int64_t>(tile_count, Config::kCtasPerSm * multiprocessors()) : tile_count;
+  launch("attention_fwd_sm90", attention_fwd_sm90<T, Config, kDropout>, ctas, Config::kThreads, Shared::kBytes,
+         p.stream, p, maps, static_cast<int>(query_tiles), static_cast<int>(tile_count));
+}
+
+}  // namespace
+
+void attention_fwd_sm90(const AttentionProblem& p) {
+  dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
+    // A query tile must lie within one block row.
+    constexpr int kWarpgroups = kDim <= 64 ? 3 : 2;  // three leave 160 registers a thread, too few above
+    if (p.block_size == 64) {
+      launch_forward<T, ForwardConfig<kDim, 1, 64>, kDropout>(p);
+    } else if (p.block_size == 128) {
+      launch_forward<T, ForwardConfig<kDim, 2, 128>, kDropout>(p);
+    } else {
+      launch_forward<T, ForwardConfig<kDim, kWarpgroups, 128>, kDropout>(p);
+    }
+  });
+}
+
+}  // namespace flash_models

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Hopper's own instructions but for the products (wgmma.cuh), one per function, named after the PTX ISA section they
+// wrap. sm_90a. Knows nothing of attention.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace flash_models::ptx {
+
+// Address of the dynamic shared memory of this launch, in the shared state space; aligned as 128-byte swizzled tiles
+// need it.
+__device__ __forceinline__ uint32_t swizzled_shared() {
+  extern __shared__ __align__(1024) uint8_t swizzled_memory[];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(swizzled_memory));
+}
+
+// "Parallel Synchronization: mbarrier". A phase ends when `count` threads have arrived and all expected bytes have.
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Makes the inits visible to the copy engine.
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Returns once the phase of this parity has ended.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// "Data Movement: cp.async.bulk.tensor". Copies the map's box at (dim, seq, head, batch) to shared memory; elements
+// outside the tensor arrive as zeros and count as bytes.
+__device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int dim, int seq,
+                                         int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3,%4,%5}], [%6];" ::
+          "r"(shared),
+      "l"(&map), "r"(dim), "r"(seq), "r"(head), "r"(batch), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// "membar / fence": orders this thread's ordinary writes to shared memory before what the copy engine and wgmma read.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// "Parallel Synchronization: bar". Barriers 1 .. 15; 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// "Miscellaneous: setmaxnreg". By every warp of a warpgroup.
+template <int kRegisters>
+__device__ __forceinline__ void raise_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void lower_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace flash_models::ptx

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Tiles of 16-bit elements as the copy engine writes and wgmma reads them, and the products on them.
+//
+// A tile of kDim columns is cut into panels of 64 columns (32 where kDim is no multiple of 64). A panel's rows are 128
+// (64) bytes, swizzled by the engine: 16-byte chunk c of row r lies at chunk c ^ (r % 8), or c ^ (r / 2 % 4), so that
+// eight rows of one column meet no bank twice.
+#pragma once
+
+#include "ampere/tile.cuh"
+#include "hopper/ptx.cuh"
+#include "hopper/wgmma.cuh"
+
+namespace flash_models {
+
+template <typename T, int kRows_, int kDim_>
+struct PanelTile {
+  static constexpr int kRows = kRows_, kDim = kDim_;
+  static constexpr int kPanelDim = kDim % 64 == 0 ? 64 : 32, kPanels = kDim / kPanelDim;
+  static constexpr int kRowBytes = 2 * kPanelDim, kPanelBytes = kRows * kRowBytes, kBytes = kPanels * kPanelBytes;
+  static_assert(kDim % 32 == 0 && kRows % 8 == 0 && kRows <= 256);
+
+  uint32_t base;  // shared-memory address, a multiple of 1,024
+
+  // Starts the copy of rows seq .. seq + kRows - 1, by one thread; kBytes arrive at `barrier`.
+  __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t barrier, int seq, int head, int batch) const {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel)
+      ptx::tma_load(base + panel * kPanelBytes, map, barrier, panel * kPanelDim, seq, head, batch);
+  }
+
+  // Writes zeros to rows [first, last), by one warp.
+  __device__ __forceinline__ void zero_rows(int first, int last) const {
+    const int chunks = (last - first) * (kRowBytes / 16);
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel)
+      for (int chunk = threadIdx.x % 32; chunk < chunks; chunk += 32)
+        *static_cast<uint4*>(
+            __cvta_shared_to_generic(base + panel * kPanelBytes + first * kRowBytes + 16 * chunk)) = {};
+  }
+
+  // "Matrix Descriptor", for an operand whose depth runs along the rows of the tile: element (row0 + i, k0 + j).
+  __device__ __forceinline__ uint64_t by_rows(int row0, int k0) const {
+    return descriptor(base + k0 / kPanelDim * kPanelBytes + row0 * kRowBytes + 2 * (k0 % kPanelDim));
+  }
+
+  // The same, for an operand whose depth runs down the columns: element (k0 + j, i).
+  __device__ __forceinline__ uint64_t by_columns(int k0) const { return descriptor(base + k0 * kRowBytes); }
+
+ private:
+  // Bits 0-13 the address, 16-29 the distance of panels (read where the depth runs down the columns), 32-45 that of
+  // groups of eight rows, all in units of 16 bytes; 62-63 the swizzle, 1 for 128 bytes and 2 for 64.
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+    constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
+    return (kSwizzle << 62) | (uint64_t{8 * kRowBytes / 16} << 32) | (uint64_t{kPanelBytes / 16} << 16) |
+           ((address & 0x3FFFF) >> 4);
+  }
+};
+
+// acc = A * B^T, A: rows row0 .. row0 + 63 of `a`, B: all rows of `b`. Issues the products of one group.
+template <typename T, typename TileA, typename TileB>
+__device__ __forceinline__ void multiply_rows(float (&acc)[1][TileB::kRows / 8][4], const TileA& a, int row0,
+                                              const TileB& b) {
+#pragma unroll
+  for (int k = 0; k < TileA::kDim; k += 16) ptx::wgmma<T, false>(acc, a.by_rows(row0, k), b.by_rows(0, k), k > 0);
+}
+
+// Rounds an accumulator to the A operands of the products that it enters next, 16 columns each.
+template <typename T, int kN>
+__device__ __forceinline__ void pack_operands(uint32_t (&a)[kN / 2][4], const float (&x)[1][kN][4]) {
+#pragma unroll
+  for (int k = 0; k < kN / 2; ++k) {
+    a[k][0] = pack<T>(x[0][2 * k][0], x[0][2 * k][1]);
+    a[k][1] = pack<T>(x[0][2 * k][2], x[0][2 * k][3]);
+    a[k][2] = pack<T>(x[0][2 * k + 1][0], x[0][2 * k + 1][1]);
+    a[k][3] = pack<T>(x[0][2 * k + 1][2], x[0][2 * k + 1][3]);
+  }
+}
+
+// acc (+)= A * B, A in registers, B: all of `b`. Issues the products of one group.
+template <typename T, typename TileB>
+__device__ __forceinline__ void multiply_columns(float (&acc)[1][TileB::kDim / 8][4],
+                                                 const uint32_t (&a)[TileB::kRows / 16][4], const TileB& b,
+                                                 bool accumulate) {
+#pragma unroll
+  for (int k = 0; k < TileB::kRows / 16; ++k) ptx::wgmma<T, true>(acc, a[k], b.by_columns(16 * k), accumulate || k > 0);
+}
+
+// Exchanges x[i] of lane j of a quad with x[j] of lane i: four lanes that each hold a column of four groups then hold a
+// group each.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool high = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const uint32_t received = __shfl_xor_sync(~0u, high ? x[i] : x[i + bit], bit);
+      (high ? x[i] : x[i + bit]) = received;
+    }
+  }
+}
+
+// Rounds acc * factor and writes the warp's 16 rows to global memory, 16 bytes a lane. `rows`: the address of row
+// 0 of the warp; the first `rows_valid` rows and `dims_valid` columns are written.
+template <typename T, int kN>
+__device__ __forceinline__ void store_fragments(const float (&acc)[1][kN][4], const float (&factor)[1][2], T* rows,
+                                                int64_t row_stride, int rows_valid, int dims_valid, const Lane& lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane.row + 8 * half;
+#pragma unroll
+    for (int n = 0; n < kN; n += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        x[i] = pack<T>(acc[0][n + i][2 * half] * factor[0][half], acc[0][n + i][2 * half + 1] * factor[0][half]);
+      transpose_quad(x);
+      const int dim = 8 * n + 4 * lane.col;  // lane.col is twice the lane's place in its quad
+      if (row < rows_valid && dim < dims_valid)
+        *reinterpret_cast<uint4*>(rows + row * row_stride + dim) = {x[0], x[1], x[2], x[3]};
+    }
+  }
+}
+
+}  // namespace flash_models

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The functions of kernels/hopper/ptx.cuh, in C++. What the copy engine brings is not in shared memory before a thread
+// that waits for its barrier sees it complete.
+#pragma once
+
+#include <cuda.h>
+
+#include <map>
+
+#include "threads.h"
+
+namespace flash_models::ptx {
+
+inline uint32_t swizzled_shared() { return 0; }
+
+// What an emulated CUtensorMap holds.
+struct TensorView {
+  const char* data;
+  int64_t sizes[4], strides[3];  // elements; strides of seq, head and batch
+  int box_dim, box_rows;
+};
+static_assert(sizeof(TensorView) <= sizeof(CUtensorMap));
+
+// A box under way.
+struct Box {
+  TensorView view;
+  uint32_t shared;
+  int at[4];
+};
+
+struct Barrier {
+  int count = 0, arrived = 0, bytes = 0, phase = 0;
+  std::vector<Box> boxes;
+};
+inline std::map<uint32_t, Barrier> barriers;
+
+// Rows of 128 bytes have bits 4-6 of an address exchanged with bits 7-9, rows of 64 bytes bits 4-5 with 7-8.
+inline uint32_t swizzled(uint32_t address, int row_bytes) {
+  return address ^ ((address >> 7 & (row_bytes == 128 ? 7 : 3)) << 4);
+}
+
+inline void deliver(const Box& box) {
+  const TensorView& view = box.view;
+  const int row_bytes = 2 * view.box_dim;
+  for (int row = 0; row < view.box_rows; ++row)
+    for (int column = 0; column < view.box_dim; ++column) {
+      const int64_t dim = box.at[0] + column, seq = box.at[1] + row;
+      uint16_t x = 0;
+      if (dim < view.sizes[0] && seq >= 0 && seq < view.sizes[1])
+        std::memcpy(
+            &x,
+            view.data + 2 * (dim + seq * view.strides[0] + box.at[2] * view.strides[1] + box.at[3] * view.strides[2]),
+            2);
+      std::memcpy(__cvta_shared_to_generic(swizzled(box.shared + row * row_bytes + 2 * column, row_bytes)), &x, 2);
+    }
+}
+
+inline void end_phase(Barrier& barrier) {
+  if (barrier.arrived < barrier.count || barrier.bytes != 0) return;
+  barrier.arrived = 0;
+  ++barrier.phase;
+}
+
+inline void mbarrier_init(uint32_t barrier, int count) { barriers[barrier] = {count}; }
+inline void mbarrier_init_fence() {}
+
+inline void mbarrier_arrive(uint32_t address) {
+  Barrier& barrier = barriers.at(address);
+  if (++barrier.arrived > barrier.count) throw std::runtime_error("more arrivals at an mbarrier than it expects");
+  end_phase(barrier);
+}
+
+inline void mbarrier_arrive_expect(uint32_t address, int bytes) {
+  barriers.at(address).bytes += bytes;
+  mbarrier_arrive(address);
+}
+
+inline void mbarrier_wait(uint32_t address, uint32_t parity) {
+  Barrier& barrier = barriers.at(address);
+  while (true) {
+    for (const Box& box : std::exchange(barrier.boxes, {})) {
+      deliver(box);
+      barrier.bytes -= 2 * box.view.box_dim * box.view.box_rows;
+      end_phase(barrier);
+    }
+    if (barrier.phase % 2 != static_cast<int>(parity)) return;
+    swapcontext(&emulation::fibers[emulation::thread].context, &emulation::scheduler);
+  }
+}
+
+inline void tma_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int dim, int seq, int head, int batch) {
+  Box box{{}, shared, {dim, seq, head, batch}};
+  std::memcpy(&box.view, &map, sizeof(TensorView));
+  if (shared % (16 * box.view.box_dim) != 0) throw std::runtime_error("a swizzled tile is misaligned");
+  std::memset(__cvta_shared_to_generic(shared), 0xFF, 2 * box.view.box_dim * box.view.box_rows);
+  barriers.at(barrier).boxes.push_back(box);
+}
+
+inline void fence_proxy_async() {}
+
+inline void named_barrier_arrive(int id, int threads) {
+  emulation::Meeting& meeting = emulation::named_meeting[id];
+  meeting.expected = threads;
+  if (++meeting.arrived == threads) meeting.arrived = 0, ++meeting.round;
+}
+
+inline void named_barrier_sync(int id, int threads) {
+  const emulation::Meeting& meeting = emulation::named_meeting[id];
+  const uint64_t round = meeting.round;
+  named_barrier_arrive(id, threads);
+  while (meeting.round == round) swapcontext(&emulation::fibers[emulation::thread].context, &emulation::scheduler);
+}
+
+template <int kRegisters>
+void raise_registers() {}
+template <int kRegisters>
+void lower_registers() {}
+
+}  // namespace flash_models::ptx
