@@ -65,6 +65,7 @@ CASES = {
     "short": {"seqlens": (70, 3)},
     "causal": {"causal": True},
     "long": {"seqlens": (200, 700)},  # the rings of K and V go round
+    "tall": {"seqlens": (2048, 130)},  # three consumers
     "long-causal": {"seqlens": (390, 390), "causal": True, "dropout_p": 0.1},
     "causal-long-q": {"causal": True, "seqlens": (150, 70)},
     "kv-range": {"kv_range": [[5, 70], [9, 9]], "causal": True},
@@ -80,13 +81,16 @@ CASES = {
 }
 
 
+WALKS = ("tall", "long-causal", "block-64-heads-causal", "varlen-causal-block-64", "dropout-block-64-kv-range")
+
+
 @pytest.mark.parametrize(
     "head_dim, dtype", [(16, torch.bfloat16), (64, torch.bfloat16), (80, torch.float16), (128, torch.bfloat16)]
 )
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_match_reference(emulated, case, head_dim, dtype):
     options = dict(CASES[case])
-    if head_dim != 64 and case in ("long-causal", "block-64-heads-causal", "varlen-causal-block-64", "dropout-block-64-kv-range"):
+    if head_dim != 64 and case in WALKS:
         pytest.skip("the walk over tiles does not depend on the head dimension")
     seqlen_q, seqlen_k = options.pop("seqlens", (97, 101))
     deterministic, block_size = options.pop("deterministic", False), options.pop("block_size", 0)

@@ -60,6 +60,19 @@ struct Place {
     head = sequence_head % heads;
     batch = sequence_head / heads;
   }
+
+  // The same for a launch in pairs, items 2 i and 2 i + 1: a tile from the end of a head and one from its start, which
+  // under a causal mask have the same work in every pair. The middle one of an odd number is paired with none: `tiles`.
+  static __device__ __forceinline__ Place of_pair(const AttentionProblem& p, int number, int tiles) {
+    Place place(p, number / 2, (tiles + 1) / 2, false);
+    const int mirrored = tiles - 1 - place.tile;
+    if (number % 2 == 0) {
+      place.tile = mirrored;
+    } else if (place.tile == mirrored) {
+      place.tile = tiles;
+    }
+    return place;
+  }
 };
 
 // The (query, key) pairs of one sequence that attend: lo <= key < hi and key <= query + diagonal.

@@ -55,7 +55,7 @@ struct ForwardShared {
 
   __device__ __forceinline__ uint32_t q_full() const { return base + kTiles; }
   __device__ __forceinline__ uint32_t q_empty() const { return base + kTiles + 8; }
-  __device__ __forceinline__ uint32_t v_raw() const { return base + kTiles + 16; }  // V before its rows are blanked
+  __device__ __forceinline__ uint32_t raw() const { return base + kTiles + 16; }
   __device__ __forceinline__ uint32_t k_full(int stage) const { return base + kTiles + 24 + 8 * stage; }
   __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kStages + stage); }
   __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kStages + stage); }
@@ -65,7 +65,7 @@ struct ForwardShared {
     constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
     ptx::mbarrier_init(q_full(), 1);
     ptx::mbarrier_init(q_empty(), kConsumerWarps);
-    ptx::mbarrier_init(v_raw(), 1);
+    ptx::mbarrier_init(raw(), 1);
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(k_full(stage), 1);
       ptx::mbarrier_init(v_full(stage), 1);
@@ -76,7 +76,20 @@ struct ForwardShared {
   }
 };
 
-// One query tile of the grid's list, as producer and consumers both derive it.
+// The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends; the work
+// of one CTA must then be known to be that of every other, which under a causal mask pairs of tiles see to. Otherwise
+// every tile, or those with most work first, goes through the hardware's queue.
+struct Schedule {
+  int query_tiles, count;
+  bool pairs;
+
+  __device__ __forceinline__ int first() const { return blockIdx.x << pairs; }
+  __device__ __forceinline__ int next(int number) const {
+    return pairs && number % 2 == 0 ? number + 1 : number + 1 + ((gridDim.x - 1) << pairs);
+  }
+};
+
+// One query tile, as producer and consumers both derive it.
 template <typename Config>
 struct QueryTile {
   const Place place;
@@ -86,8 +99,9 @@ struct QueryTile {
   const Tiles walk;
 
   // Most work first: the last queries under a causal mask, otherwise the first, the global tokens of many layouts.
-  __device__ __forceinline__ QueryTile(const AttentionProblem& p, int number, int query_tiles)
-      : place(p, number, query_tiles, p.causal),
+  __device__ __forceinline__ QueryTile(const AttentionProblem& p, const Schedule& schedule, int number)
+      : place(schedule.pairs ? Place::of_pair(p, number, schedule.query_tiles)
+                             : Place(p, number, schedule.query_tiles, p.causal)),
         s(sequence_of(p, place.batch)),
         q0(place.tile * Config::kTileQ),
         visible(p, s),
@@ -108,15 +122,14 @@ struct Turns {
 };
 
 template <typename T, typename Config>
-__device__ __forceinline__ void produce(const AttentionProblem& p, const ForwardMaps& maps, int query_tiles,
-                                        int tile_count) {
+__device__ __forceinline__ void produce(const AttentionProblem& p, const ForwardMaps& maps, const Schedule& schedule) {
   using Shared = ForwardShared<T, Config>;
   const Shared shared{ptx::swizzled_shared()};
-  const bool leader = threadIdx.x == 0;
+  Producer producer{shared.raw()};
   Ring<Config::kStages> ring;
-  uint32_t q_parity = 1, raw_parity = 0;
-  for (int number = blockIdx.x; number < tile_count; number += gridDim.x) {
-    const QueryTile<Config> tile(p, number, query_tiles);
+  uint32_t q_parity = 1;
+  for (int number = schedule.first(); number < schedule.count; number = schedule.next(number)) {
+    const QueryTile<Config> tile(p, schedule, number);
     int position = tile.walk.next(0);
     if (!tile.exists() || position >= tile.walk.count) continue;
     const int batch = p.cu_seqlens_q != nullptr ? 0 : tile.place.batch;  // packed tensors have one
@@ -124,41 +137,21 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
 
     ptx::mbarrier_wait(shared.q_empty(), q_parity);
     q_parity ^= 1;
-    if (leader) {
-      ptx::mbarrier_arrive_expect(shared.q_full(), Shared::Query::kBytes);
-      shared.q().load(maps.q, shared.q_full(), static_cast<int>(tile.s.q_begin) + tile.q0, tile.place.head, batch);
-    }
+    producer.load(shared.q(), maps.q, shared.q_full(), static_cast<int>(tile.s.q_begin) + tile.q0, tile.place.head,
+                  batch);
     for (; position < tile.walk.count; position = tile.walk.next(position + 1), ring.advance()) {
       const int k0 = tile.walk.tile(position) * Config::kTileK;
       ptx::mbarrier_wait(shared.k_empty(ring.stage), ring.parity ^ 1);
-      if (leader) {
-        ptx::mbarrier_arrive_expect(shared.k_full(ring.stage), Shared::Key::kBytes);
-        shared.k(ring.stage).load(maps.k, shared.k_full(ring.stage), key_begin + k0, tile.place.head, batch);
-      }
-      // Rows of V that no query may see meet probabilities of 0, but 0 * NaN is NaN: padding may hold anything.
-      const int first = max(0, tile.visible.lo - k0), last = min(Config::kTileK, tile.visible.hi - k0);
-      const bool blank = first > 0 || last < Config::kTileK;
-      const uint32_t arrived = blank ? shared.v_raw() : shared.v_full(ring.stage);
+      producer.load(shared.k(ring.stage), maps.k, shared.k_full(ring.stage), key_begin + k0, tile.place.head, batch);
       ptx::mbarrier_wait(shared.v_empty(ring.stage), ring.parity ^ 1);
-      if (leader) {
-        ptx::mbarrier_arrive_expect(arrived, Shared::Key::kBytes);
-        shared.v(ring.stage).load(maps.v, arrived, key_begin + k0, tile.place.head, batch);
-      }
-      if (blank) {
-        ptx::mbarrier_wait(shared.v_raw(), raw_parity);
-        raw_parity ^= 1;
-        shared.v(ring.stage).zero_rows(0, first);
-        shared.v(ring.stage).zero_rows(last, Config::kTileK);
-        ptx::fence_proxy_async();
-        __syncwarp();
-        if (leader) ptx::mbarrier_arrive(shared.v_full(ring.stage));
-      }
+      producer.load(shared.v(ring.stage), maps.v, shared.v_full(ring.stage), key_begin + k0, tile.place.head, batch,
+                    tile.visible.lo - k0, tile.visible.hi - k0);
     }
   }
 }
 
 template <typename T, typename Config, bool kDropout>
-__device__ __forceinline__ void consume(const AttentionProblem& p, int query_tiles, int tile_count) {
+__device__ __forceinline__ void consume(const AttentionProblem& p, const Schedule& schedule) {
   constexpr int kDim = Config::kDim, kTileK = Config::kTileK;
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   const Lane lane;
@@ -171,8 +164,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, int query_til
   uint32_t q_parity = 0;
   if (warpgroup == Config::kWarpgroups - 1) Turns<Config::kWarpgroups>::pass(warpgroup);
 
-  for (int number = blockIdx.x; number < tile_count; number += gridDim.x) {
-    const QueryTile<Config> tile(p, number, query_tiles);
+  for (int number = schedule.first(); number < schedule.count; number = schedule.next(number)) {
+    const QueryTile<Config> tile(p, schedule, number);
     if (!tile.exists()) continue;
     const int q0 = tile.q0 + row0, head = tile.place.head;
     float scores[1][kTileK / 8][4], out[1][kDim / 8][4], factor[1][2];
@@ -259,15 +252,15 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, int query_til
 template <typename T, typename Config, bool kDropout>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attention_fwd_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardMaps maps,
-                       int query_tiles, int tile_count) {
+                       const __grid_constant__ Schedule schedule) {
   if (threadIdx.x == 0) ForwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers();
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::lower_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<T, Config>(p, maps, query_tiles, tile_count);
+    if (threadIdx.x < 32) produce<T, Config>(p, maps, schedule);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
-    consume<T, Config, kDropout>(p, query_tiles, tile_count);
+    consume<T, Config, kDropout>(p, schedule);
   }
 }
 
@@ -276,14 +269,15 @@ void launch_forward(const AttentionProblem& p) {
   using Shared = ForwardShared<T, Config>;
   const ForwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
                          key_map<typename Shared::Key>(p, p.v)};
-  const int64_t query_tiles = ceil_div(p.seqlen_q, Config::kTileQ), tile_count = query_tiles * p.heads * p.batch;
-  if (tile_count > 0x7FFFFFFF)
+  const bool stay = p.rows.start == nullptr && p.cu_seqlens_q == nullptr && p.kv_range == nullptr;
+  const bool pairs = stay && p.causal;
+  const int64_t query_tiles = ceil_div(p.seqlen_q, Config::kTileQ);
+  const int64_t units = (pairs ? ceil_div(query_tiles, 2) : query_tiles) * p.heads * p.batch, count = units << pairs;
+  if (count > 0x7FFFFFFF)
     throw std::runtime_error("flash_models: attention_fwd_sm90 takes fewer than 2^31 query tiles; split the batch");
-  // CTAs that stay save their start and hide their ends; with tiles of unequal work the hardware's queue is fairer.
-  const bool stay = !p.causal && p.rows.start == nullptr;
-  const int64_t ctas = stay ? std::min<int64_t>(tile_count, Config::kCtasPerSm * multiprocessors()) : tile_count;
+  const int64_t ctas = stay ? std::min<int64_t>(units, Config::kCtasPerSm * multiprocessors()) : units;
   launch("attention_fwd_sm90", attention_fwd_sm90<T, Config, kDropout>, ctas, Config::kThreads, Shared::kBytes,
-         p.stream, p, maps, static_cast<int>(query_tiles), static_cast<int>(tile_count));
+         p.stream, p, maps, Schedule{static_cast<int>(query_tiles), static_cast<int>(count), pairs});
 }
 
 }  // namespace
@@ -291,13 +285,15 @@ void launch_forward(const AttentionProblem& p) {
 void attention_fwd_sm90(const AttentionProblem& p) {
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
     // A query tile must lie within one block row.
-    constexpr int kWarpgroups = kDim <= 64 ? 3 : 2;  // three leave 160 registers a thread, too few above
+    // Three consumers leave each thread 160 registers: too few for more head dimensions or dropout. Tiles of 192 rows
+    // cut short sequences badly, and more so along a diagonal.
+    constexpr bool kThreeFit = kDim <= 64 && !kDropout;
     if (p.block_size == 64) {
       launch_forward<T, ForwardConfig<kDim, 1, 64>, kDropout>(p);
-    } else if (p.block_size == 128) {
+    } else if (!kThreeFit || p.block_size == 128 || p.seqlen_q < (p.causal ? 4096 : 2048)) {
       launch_forward<T, ForwardConfig<kDim, 2, 128>, kDropout>(p);
-    } else {
-      launch_forward<T, ForwardConfig<kDim, kWarpgroups, 128>, kDropout>(p);
+    } else if constexpr (kThreeFit) {
+      launch_forward<T, ForwardConfig<kDim, 3, 128>, kDropout>(p);
     }
   });
 }

@@ -48,6 +48,19 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
+// "cp.async.mbarrier.arrive": one arrival, of those that the barrier was made for, once this thread's earlier cp.async
+// have landed.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// "Warp-level Matrix Store Instruction: stmatrix". Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 address matrix i.
+__device__ __forceinline__ void stmatrix(uint32_t shared, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // "Data Movement: cp.async.bulk.tensor". Copies the map's box at (dim, seq, head, batch) to shared memory; elements
 // outside the tensor arrive as zeros and count as bytes.
 __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int dim, int seq,

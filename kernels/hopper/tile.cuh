@@ -44,8 +44,17 @@ struct PanelTile {
     return descriptor(base + k0 / kPanelDim * kPanelBytes + row0 * kRowBytes + 2 * (k0 % kPanelDim));
   }
 
-  // The same, for an operand whose depth runs down the columns: element (k0 + j, i).
-  __device__ __forceinline__ uint64_t by_columns(int k0) const { return descriptor(base + k0 * kRowBytes); }
+  // The same, for an operand whose depth runs down the columns: element (k0 + j, column0 + i).
+  __device__ __forceinline__ uint64_t by_columns(int k0, int column0 = 0) const {
+    return descriptor(base + column0 / kPanelDim * kPanelBytes + k0 * kRowBytes);
+  }
+
+  // Writes a warp's A operand (16 x 16) to rows row0 .. and columns column0 ...
+  __device__ __forceinline__ void store_operand(int row0, int column0, const uint32_t (&a)[4], int lane) const {
+    const int row = row0 + lane % 16, chunk = column0 % kPanelDim / 8 + lane / 16;
+    const int key = kRowBytes == 128 ? row & 7 : (row >> 1) & 3;
+    ptx::stmatrix(base + column0 / kPanelDim * kPanelBytes + row * kRowBytes + ((chunk ^ key) << 4), a);
+  }
 
  private:
   // Bits 0-13 the address, 16-29 the distance of panels (read where the depth runs down the columns), 32-45 that of
@@ -57,12 +66,51 @@ struct PanelTile {
   }
 };
 
+// What one warp fills tiles with. `full` is the barrier that a tile's readers wait for; `raw` one that only this warp
+// knows, for tiles that it changes between their arrival and their use.
+struct Producer {
+  uint32_t raw, raw_parity = 0;
+  bool leader = threadIdx.x % 32 == 0;
+
+  // Brings rows seq .. of a head. Those outside [first, last) of the tile become zeros: they belong to nobody or to
+  // another sequence and may hold anything, and what meets a probability of 0 must not be NaN.
+  template <typename Tile>
+  __device__ __forceinline__ void load(const Tile& tile, const CUtensorMap& map, uint32_t full, int seq, int head,
+                                       int batch, int first = 0, int last = Tile::kRows) {
+    const bool blank = first > 0 || last < Tile::kRows;
+    const uint32_t arrived = blank ? raw : full;
+    if (leader) {
+      ptx::mbarrier_arrive_expect(arrived, Tile::kBytes);
+      tile.load(map, arrived, seq, head, batch);
+    }
+    if (!blank) return;
+    ptx::mbarrier_wait(raw, raw_parity);
+    raw_parity ^= 1;
+    tile.zero_rows(0, max(first, 0));
+    tile.zero_rows(max(last, 0), Tile::kRows);
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (leader) ptx::mbarrier_arrive(full);
+  }
+};
+
 // acc = A * B^T, A: rows row0 .. row0 + 63 of `a`, B: all rows of `b`. Issues the products of one group.
 template <typename T, typename TileA, typename TileB>
 __device__ __forceinline__ void multiply_rows(float (&acc)[1][TileB::kRows / 8][4], const TileA& a, int row0,
                                               const TileB& b) {
 #pragma unroll
-  for (int k = 0; k < TileA::kDim; k += 16) ptx::wgmma<T, false>(acc, a.by_rows(row0, k), b.by_rows(0, k), k > 0);
+  for (int k = 0; k < TileA::kDim; k += 16)
+    ptx::wgmma<T, false, false>(acc, a.by_rows(row0, k), b.by_rows(0, k), k > 0);
+}
+
+// acc = A^T * B, A: columns acol0 .. acol0 + 63 of `a`, B: as many columns of `b` from bcol0 on as acc has. Issues the
+// products of one group.
+template <typename T, int kN, typename TileA, typename TileB>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[1][kN][4], const TileA& a, int acol0, const TileB& b,
+                                                    int bcol0) {
+#pragma unroll
+  for (int k = 0; k < TileA::kRows; k += 16)
+    ptx::wgmma<T, true, true>(acc, a.by_columns(k, acol0), b.by_columns(k, bcol0), k > 0);
 }
 
 // Rounds an accumulator to the A operands of the products that it enters next, 16 columns each.

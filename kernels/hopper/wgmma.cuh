@@ -24,14 +24,6 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// kBTransposed: b lies in shared memory as 16 rows of kN elements, otherwise as kN rows of 16. `accumulate` false
-// overwrites d.
-template <typename T, bool kBTransposed, int kFragments>
-__device__ __forceinline__ void wgmma(float (&d)[1][kFragments][4], const uint32_t (&a)[4], uint64_t b,
-                                      bool accumulate);
-template <typename T, bool kBTransposed, int kFragments>
-__device__ __forceinline__ void wgmma(float (&d)[1][kFragments][4], uint64_t a, uint64_t b, bool accumulate);
-
 // Operand lists: accumulators i .. i + 15, and the names by which the instruction refers to them.
 #define FM_D4(f) "+f"(d[0][f][0]), "+f"(d[0][f][1]), "+f"(d[0][f][2]), "+f"(d[0][f][3])
 #define FM_D16(f) FM_D4(f), FM_D4(f + 1), FM_D4(f + 2), FM_D4(f + 3)
@@ -56,12 +48,13 @@ __device__ __forceinline__ void wgmma(float (&d)[1][kFragments][4], uint64_t a, 
                    "n"(static_cast<int>(kBTransposed))                                                                \
                  : "memory");                                                                                         \
   }                                                                                                                   \
-  template <bool kBTransposed>                                                                                        \
+  template <bool kATransposed, bool kBTransposed>                                                                     \
   __device__ __forceinline__ void wgmma_of(T, float (&d)[1][FRAGMENTS][4], uint64_t a, uint64_t b, bool accumulate) { \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" o2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" WIDTH              \
-                 "k16.f32." TYPE "." TYPE " {" NAMES "}, %" o0 ", %" o1 ", p, 1, 1, 0, %" o3 ";\n}"                   \
+                 "k16.f32." TYPE "." TYPE " {" NAMES "}, %" o0 ", %" o1 ", p, 1, 1, %" o3 ", %" o4 ";\n}"             \
                  : D                                                                                                  \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kBTransposed))             \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kATransposed)),            \
+                   "n"(static_cast<int>(kBTransposed))                                                                \
                  : "memory");                                                                                         \
   }
 #define FM_WGMMA_TYPES(WIDTH, FRAGMENTS, NAMES, D, ...)                              \
@@ -74,15 +67,18 @@ FM_WGMMA_TYPES("64", 8, FM_NAMES_32, (FM_D32), "32", "33", "34", "35", "36", "37
 FM_WGMMA_TYPES("96", 12, FM_NAMES_48, (FM_D48), "48", "49", "50", "51", "52", "53", "54")
 FM_WGMMA_TYPES("128", 16, FM_NAMES_64, (FM_D64), "64", "65", "66", "67", "68", "69", "70")
 
+// kBTransposed: b lies in shared memory as 16 rows of kN elements, otherwise as kN rows of 16. `accumulate` false
+// overwrites d.
 template <typename T, bool kBTransposed, int kFragments>
 __device__ __forceinline__ void wgmma(float (&d)[1][kFragments][4], const uint32_t (&a)[4], uint64_t b,
                                       bool accumulate) {
   wgmma_of<kBTransposed>(T{}, d, a, b, accumulate);
 }
 
-template <typename T, bool kBTransposed, int kFragments>
+// The same with a in shared memory; kATransposed: as 16 rows of 64 elements, otherwise as 64 rows of 16.
+template <typename T, bool kATransposed, bool kBTransposed, int kFragments>
 __device__ __forceinline__ void wgmma(float (&d)[1][kFragments][4], uint64_t a, uint64_t b, bool accumulate) {
-  wgmma_of<kBTransposed>(T{}, d, a, b, accumulate);
+  wgmma_of<kATransposed, kBTransposed>(T{}, d, a, b, accumulate);
 }
 
 #undef FM_D4

@@ -8,6 +8,7 @@
 
 #include <map>
 
+#include "ampere/ptx.cuh"
 #include "threads.h"
 
 namespace flash_models::ptx {
@@ -95,6 +96,25 @@ inline void tma_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, 
   if (shared % (16 * box.view.box_dim) != 0) throw std::runtime_error("a swizzled tile is misaligned");
   std::memset(__cvta_shared_to_generic(shared), 0xFF, 2 * box.view.box_dim * box.view.box_rows);
   barriers.at(barrier).boxes.push_back(box);
+}
+
+inline void cp_async_mbarrier_arrive(uint32_t barrier) {
+  cp_async_wait<0>();
+  mbarrier_arrive(barrier);
+}
+
+inline void stmatrix(uint32_t shared, const uint32_t (&r)[4]) {
+  if (shared % 16 != 0) throw std::runtime_error("misaligned stmatrix");
+  struct Lane {
+    uint32_t address;
+    Registers x;
+  };
+  emulation::warp_instruction<Lane, int>({shared, {r[0], r[1], r[2], r[3]}}, [](const Lane* in, int*) {
+    for (int matrix = 0; matrix < 4; ++matrix)
+      for (int lane = 0; lane < 32; ++lane)
+        std::memcpy(static_cast<char*>(__cvta_shared_to_generic(in[8 * matrix + lane / 4].address)) + lane % 4 * 4,
+                    &in[lane].x.r[matrix], 4);
+  });
 }
 
 inline void fence_proxy_async() {}

@@ -61,10 +61,10 @@ void issue(float (&d)[1][kFragments][4], bool accumulate, A a, B b) {
   mine.open.push_back({first, compute});
 }
 
-template <typename T, bool kBTransposed, int kFragments>
+template <typename T, bool kATransposed, bool kBTransposed, int kFragments>
 void wgmma(float (&d)[1][kFragments][4], uint64_t a, uint64_t b, bool accumulate) {
   issue(
-      d, accumulate, [=](int row, int k) { return element<T>(a, false, row, k); },
+      d, accumulate, [=](int row, int k) { return element<T>(a, kATransposed, row, k); },
       [=](int column, int k) { return element<T>(b, kBTransposed, column, k); });
 }
 
