@@ -26,23 +26,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# The kernels that stand for an op's CUDA backend on either generation; Hopper has no backward pass of its own yet.
-KERNELS = {
-    "sm80": {"attention_fwd": "attention_fwd_sm80", "attention_bwd": "attention_bwd_sm80"},
-    "sm90": {"attention_fwd": "attention_fwd_sm90", "attention_bwd": "attention_bwd_sm80"},
-}
-SOURCES = ("fwd_sm80.cu", "bwd_sm80.cu", "bwd_dq_sm80.cu", "fwd_sm90.cu", "op.cpp")
+SOURCES = [f"{name}.cu" for name in "cuda fwd_sm80 fwd_sm90 bwd_rows bwd_sm80 bwd_sm90 bwd_dq_sm80".split()] + ["op.cpp"]
 
 
-@pytest.fixture(scope="module", params=KERNELS)
+@pytest.fixture(scope="module", params=["sm80", "sm90"])
 def emulated(request, tmp_path_factory):
     """The emulated ops, compiled from the kernels as they are now."""
     folder, name = tmp_path_factory.mktemp("emulated"), f"emulated_{request.param}"
     torch_dir = Path(torch.__file__).parent
     command = ["g++", "-std=c++20", "-O1", "-fPIC", "-w", "-x", "c++", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    stand_ins = KERNELS[request.param] | {"dq_sum_size": "dq_sum_size_sm80"}
-    command += [f"-D{op}_cpu={kernel}" for op, kernel in stand_ins.items()]
-    command += [f"-Dflash_models={name}"]
+    command += [f"-D{op}_cpu={op}_cuda" for op in ("attention_fwd", "attention_bwd", "dq_sum_size")]
+    command += [f"-Dflash_models={name}", f"-DFM_EMULATED_CAPABILITY={request.param.removeprefix('sm')}"]
     command += [f"-I{p}" for p in (ROOT / "tests/emulation", ROOT / "kernels", CUDA_INCLUDE, torch_dir / "include")]
 
     def compile_one(source):

@@ -62,6 +62,7 @@ struct AttentionProblem {
 struct AttentionGradients {
   View dout, dq, dk, dv;
   float* delta = nullptr;   // (B, H, Sq) or (H, Tq) scratch: rowsum(dout * out)
+  float* shift = nullptr;   // the same: lse in the form that the CUDA kernels subtract
   float* dq_sum = nullptr;  // scratch, zeroed, dq_sum_size_*() floats; nullptr when that is 0
 };
 
@@ -80,13 +81,14 @@ void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g);
 // What the CUDA backend is made of (cuda.cu).
 void attention_fwd_sm80(const AttentionProblem& p);
 void attention_fwd_sm90(const AttentionProblem& p);
+void attention_bwd_rows(const AttentionProblem& p, const AttentionGradients& g);  // delta and shift; all others need them
 void attention_bwd_sm80(const AttentionProblem& p, const AttentionGradients& g);
-void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g);  // deterministic dq, after delta
+void attention_bwd_sm90(const AttentionProblem& p, const AttentionGradients& g);
+void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g);  // dq in a fixed order
 
 // Floats of scratch that the backward pass adds dq up in, across CTAs: none on the CPU and in deterministic mode.
 int64_t dq_sum_size_cpu(const AttentionProblem& p);
 int64_t dq_sum_size_cuda(const AttentionProblem& p);
-int64_t dq_sum_size_sm80(const AttentionProblem& p);
 
 // torch's intra-op thread pool: fn(begin, end) over [0, n) in chunks of at least `grain`. Defined in op.cpp.
 void parallel_for(int64_t n, int64_t grain, void (*fn)(void* context, int64_t begin, int64_t end), void* context);

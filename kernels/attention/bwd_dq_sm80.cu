@@ -60,13 +60,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (position < walk.count) load_keys(position, stage);
   ptx::cp_async_commit();
 
-  float shift[2], delta[2];  // lse * log2(e) of this lane's two rows; +inf makes every probability 0
+  float shift[2], delta[2];  // of this lane's two rows; shift = +inf makes every probability 0
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = q0 + row0 + 8 * half + lane.row;
     const int64_t offset = lse_offset(p, s, batch, head) + row;
-    const float lse = row < q_len ? p.lse[offset] : INFINITY;
-    shift[half] = lse == -INFINITY ? INFINITY : lse * kLog2e;
+    shift[half] = row < q_len ? g.shift[offset] : INFINITY;
     delta[half] = row < q_len ? g.delta[offset] : 0.0f;
   }
 

@@ -1,25 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Backward pass for sm_80 and later (arXiv 2205.14135, Algorithm 4), three launches:
-//   1. delta = rowsum(dout * out)
-//   2. one CTA a tile of 64 keys walks the query tiles that see it. Scores are computed transposed, S^T = K Q^T, so
+// Backward pass for sm_80 and later (arXiv 2205.14135, Algorithm 4), after bwd_rows.cu two launches:
+//   1. one CTA a tile of 64 keys walks the query tiles that see it. Scores are computed transposed, S^T = K Q^T, so
 //   that a
 //      warp's accumulators hold whole keys:
 //        P^T  = exp(scale S^T - lse)             dV += P^T dO
 //        dS^T = P^T * (V dO^T - delta)           dK += scale dS^T Q           dQ += scale dS K   (added in fp32 by L2)
-//   3. the fp32 sum of dQ is scaled and rounded. In deterministic mode 2. leaves dQ alone and bwd_dq_sm80.cu computes
+//   2. the fp32 sum of dQ is scaled and rounded. In deterministic mode 1. leaves dQ alone and bwd_dq_sm80.cu computes
 //   it.
 //
 //   warps           2 x 2: S^T and dP^T 32 keys x 32 queries, dV and dK 32 keys x kDim / 2, dQ 32 queries x kDim / 2
-//   shared memory   K | V [64 x kDim] | Q | dO [kStages][64 x kDim] | P^T | dS^T [64 x 64] | lse | delta [kStages][64]
+//   shared memory   K | V [64 x kDim] | Q | dO [kStages][64 x kDim] | P^T | dS^T [64 x 64] | shift | delta
+//   [kStages][64]
 #include "dispatch.cuh"
+#include "dq_sum.cuh"
 #include "dropout.cuh"
 #include "softmax.cuh"
 
 namespace flash_models {
 namespace {
 
-constexpr int kTile = 64, kThreads = 128;
+constexpr int kTile = kDqTile, kThreads = 128;
 
 template <typename T, int kDim_>
 struct BackwardTiles {
@@ -39,14 +40,14 @@ struct BackwardTiles {
   __device__ __forceinline__ Rows dout(int stage) const { return {shared + (2 + kStages + stage) * Rows::kBytes}; }
   __device__ __forceinline__ Scores p() const { return {shared + (2 + 2 * kStages) * Rows::kBytes}; }
   __device__ __forceinline__ Scores ds() const { return {p().base + Scores::kBytes}; }
-  __device__ __forceinline__ uint32_t lse(int stage) const { return ds().base + Scores::kBytes + stage * kTile * 4; }
-  __device__ __forceinline__ uint32_t delta(int stage) const { return lse(kStages + stage); }
+  __device__ __forceinline__ uint32_t shift(int stage) const { return ds().base + Scores::kBytes + stage * kTile * 4; }
+  __device__ __forceinline__ uint32_t delta(int stage) const { return shift(kStages + stage); }
 };
 
 // P^T and dS^T of this warp's 32 keys x 32 queries: scores -> P (undropped, for dS) -> stored P (dropped) and dS.
 template <typename T, bool kDropout, typename Scores>
 __device__ __forceinline__ void probabilities_and_gradients(float (&s)[2][4][4], float (&dp)[2][4][4],
-                                                            const AttentionProblem& p, uint32_t lse, uint32_t delta,
+                                                            const AttentionProblem& p, uint32_t shift, uint32_t delta,
                                                             int key0, int query0, int q0, int k0, int64_t batch_head,
                                                             const Scores& tile_p, const Scores& tile_ds,
                                                             const Lane& lane) {
@@ -62,16 +63,13 @@ __device__ __forceinline__ void probabilities_and_gradients(float (&s)[2][4][4],
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     const int query = query0 + 8 * n + lane.col;
-    float2 row_lse = *static_cast<const float2*>(__cvta_shared_to_generic(lse + 4 * query));
-    if (row_lse.x == -INFINITY) row_lse.x = INFINITY;  // a row without a key: every probability is 0
-    if (row_lse.y == -INFINITY) row_lse.y = INFINITY;
+    const float2 row_shift = *static_cast<const float2*>(__cvta_shared_to_generic(shift + 4 * query));
     const float2 row_delta = *static_cast<const float2*>(__cvta_shared_to_generic(delta + 4 * query));
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float shift = (i % 2 ? row_lse.y : row_lse.x) * kLog2e;
-        const float prob = ptx::exp2_approx(fmaf(s[m][n][i], scale_log2, -shift));
+        const float prob = ptx::exp2_approx(fmaf(s[m][n][i], scale_log2, -(i % 2 ? row_shift.y : row_shift.x)));
         float dprob = dp[m][n][i];
         float dropped = prob;
         if constexpr (kDropout) {
@@ -92,19 +90,10 @@ __device__ __forceinline__ void probabilities_and_gradients(float (&s)[2][4][4],
   }
 }
 
-// Query tiles of one head in dq_sum. A packed sequence starts at tile q_begin / kTile + batch, which leaves room for
-// the last, partly filled tile of every sequence before it.
-__host__ __device__ __forceinline__ int64_t dq_tiles(const AttentionProblem& p) {
-  return p.cu_seqlens_q != nullptr ? p.total_q / kTile + p.batch : p.batch * ((p.seqlen_q + kTile - 1) / kTile);
-}
-
-// Where one warp's share of dQ of the query tile at q0 lies in dq_sum: fragments [2][kDim / 16] of 128 floats.
+// One warp's share of a tile of dq_sum: fragments [2][kDim / 16] of 128 floats.
 template <int kDim>
-__device__ __forceinline__ float* dq_fragment(const AttentionProblem& p, float* dq_sum, const Sequence& s,
-                                              int64_t batch, int head, int q0, int warp) {
-  const int64_t first =
-      p.cu_seqlens_q != nullptr ? s.q_begin / kTile + batch : batch * ((p.seqlen_q + kTile - 1) / kTile);
-  return dq_sum + ((head * dq_tiles(p) + first + q0 / kTile) * 4 + warp) * (kTile * kDim / 4);
+__device__ __forceinline__ float* dq_fragments(float* tile, int warp) {
+  return tile + warp * (kTile * kDim / 4);
 }
 
 template <typename T, int kDim, bool kDropout>
@@ -136,9 +125,9 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
     tiles.q(stage).template load_async<kThreads>(q + q0 * p.q.seq, p.q.seq, 0, q_len - q0, dim);
     tiles.dout(stage).template load_async<kThreads>(dout + q0 * g.dout.seq, g.dout.seq, 0, q_len - q0, dim);
     const int row = threadIdx.x % kTile;
-    const float* source = (threadIdx.x < kTile ? p.lse : g.delta) + row_offset + q0 + row;
-    const uint32_t target = (threadIdx.x < kTile ? tiles.lse(stage) : tiles.delta(stage)) + 4 * row;
-    // lse = +inf makes the probabilities of rows past the end zero.
+    const float* source = (threadIdx.x < kTile ? g.shift : g.delta) + row_offset + q0 + row;
+    const uint32_t target = (threadIdx.x < kTile ? tiles.shift(stage) : tiles.delta(stage)) + 4 * row;
+    // shift = +inf makes the probabilities of rows past the end zero.
     if (q0 + row < q_len) {
       ptx::cp_async_4(target, source);
     } else {
@@ -184,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
               if (!visible(q0 + query0 + 8 * n + lane.col + i % 2, k0 + key0 + 16 * m + 8 * (i / 2) + lane.row))
                 scores[m][n][i] = -INFINITY;
       }
-      probabilities_and_gradients<T, kDropout>(scores, dp, p, tiles.lse(stage), tiles.delta(stage), key0, query0, q0,
+      probabilities_and_gradients<T, kDropout>(scores, dp, p, tiles.shift(stage), tiles.delta(stage), key0, query0, q0,
                                                k0, batch * p.heads + head, tiles.p(), tiles.ds(), lane);
     }
     __syncthreads();  // P^T and dS^T are complete
@@ -201,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
       float dq[2][kDim / 16][4];
       clear(dq);
       multiply<T, kTile, true, false>(dq, tiles.ds(), 32 * (warp / 2), tiles.k(), dim0, lane.id);
-      float* sum = dq_fragment<kDim>(p, g.dq_sum, s, batch, head, q0, warp);
+      float* sum = dq_fragments<kDim>(dq_tile(p, g.dq_sum, s, batch, head, q0, kDim), warp);
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -223,34 +212,6 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
   tiles.v().template store_rows<16>(16 * warp, dv_out, g.dv.seq, k_len - k0, dim);
 }
 
-__host__ __device__ constexpr int lanes_of_row(int dim) { return dim <= 32 ? 4 : dim <= 64 ? 8 : 16; }
-
-// lanes_of_row() lanes a row, 16 bytes each.
-template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads)
-    attention_bwd_delta(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g) {
-  constexpr int kLanes = lanes_of_row(kDim);
-  const int64_t item = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kLanes;
-  const int dim = 8 * (threadIdx.x % kLanes);
-  const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t rows = packed ? p.total_q : p.seqlen_q;
-  const bool valid = item < rows * p.heads * (packed ? 1 : p.batch);
-  const int64_t row = item % rows, head = item / rows % p.heads, batch = item / rows / p.heads;
-  const T* out = static_cast<const T*>(p.out.data) + batch * p.out.batch + row * p.out.seq + head * p.out.head;
-  const T* dout = static_cast<const T*>(g.dout.data) + batch * g.dout.batch + row * g.dout.seq + head * g.dout.head;
-  float sum = 0.0f;
-  if (valid && dim < p.head_dim) {
-    const uint4 a = *reinterpret_cast<const uint4*>(out + dim), b = *reinterpret_cast<const uint4*>(dout + dim);
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      sum +=
-          static_cast<float>(reinterpret_cast<const T*>(&a)[i]) * static_cast<float>(reinterpret_cast<const T*>(&b)[i]);
-  }
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  if (valid && dim == 0) g.delta[item] = sum;
-}
-
 // dq = scale * dq_sum, one CTA a query tile with the warp layout that added it up.
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads)
@@ -263,7 +224,7 @@ __global__ void __launch_bounds__(kThreads)
   const int q0 = place.tile * kTile, head = place.head, batch = place.batch;
   const Sequence s = sequence_of(p, batch);
   if (q0 >= s.q_len) return;
-  const float* sum = dq_fragment<kDim>(p, g.dq_sum, s, batch, head, q0, warp);
+  const float* sum = dq_fragments<kDim>(dq_tile(p, g.dq_sum, s, batch, head, q0, kDim), warp);
   float dq[2][kDim / 16][4];
 #pragma unroll
   for (int m = 0; m < 2; ++m)
@@ -278,24 +239,16 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t dq_sum_size_sm80(const AttentionProblem& p) {
-  return p.deterministic ? 0 : p.heads * dq_tiles(p) * kTile * padded_dim(p.head_dim);
-}
-
 void attention_bwd_sm80(const AttentionProblem& p, const AttentionGradients& g) {
   const int query_tile_count = static_cast<int>(ceil_div(p.seqlen_q, kTile)),
             key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kTile));
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    const int64_t rows = (p.cu_seqlens_q != nullptr ? p.total_q : p.batch * p.seqlen_q) * p.heads;
-    launch("attention_bwd_delta", attention_bwd_delta<T, kDim>, ceil_div(rows * lanes_of_row(kDim), kThreads), kThreads,
-           0, p.stream, p, g);
     launch("attention_bwd_dkv_sm80", attention_bwd_dkv_sm80<T, kDim, kDropout>, key_tiles * p.heads * p.batch, kThreads,
            BackwardTiles<T, kDim>::kBytes, p.stream, p, g, key_tiles);
     if (g.dq_sum != nullptr)
       launch("attention_bwd_store_dq", attention_bwd_store_dq<T, kDim>, query_tile_count * p.heads * p.batch, kThreads,
              Tile<T, kTile, kDim>::kBytes, p.stream, p, g, query_tile_count);
   });
-  if (g.dq_sum == nullptr) attention_bwd_dq_sm80(p, g);
 }
 
 }  // namespace flash_models

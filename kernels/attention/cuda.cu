@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Which kernels a CUDA call takes: those for Hopper on compute capability 9.0, the portable ones elsewhere.
-#include "ampere/launch.cuh"
-#include "attention.h"
+#include "dispatch.cuh"
+#include "dq_sum.cuh"
 
 namespace flash_models {
 namespace {
@@ -12,12 +12,24 @@ bool on_hopper(const AttentionProblem& p) {
   return compute_capability() == 90 && p.total_q > 0 && p.total_k > 0;
 }
 
+// Head dimension 96 has no even split of dQ over two warpgroups, and 128 does not fit one warpgroup's registers.
+bool hopper_backward_fits(const AttentionProblem& p) {
+  const int dim = padded_dim(p.head_dim);
+  return dim != 96 && !(dim == 128 && p.block_size == 64);
+}
+
 }  // namespace
+
+int64_t dq_sum_size_cuda(const AttentionProblem& p) {
+  return p.deterministic ? 0 : p.heads * dq_tiles(p) * kDqTile * padded_dim(p.head_dim);
+}
 
 void attention_fwd_cuda(const AttentionProblem& p) { on_hopper(p) ? attention_fwd_sm90(p) : attention_fwd_sm80(p); }
 
-void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g) { attention_bwd_sm80(p, g); }
-
-int64_t dq_sum_size_cuda(const AttentionProblem& p) { return dq_sum_size_sm80(p); }
+void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g) {
+  attention_bwd_rows(p, g);
+  on_hopper(p) && hopper_backward_fits(p) ? attention_bwd_sm90(p, g) : attention_bwd_sm80(p, g);
+  if (p.deterministic) attention_bwd_dq_sm80(p, g);
+}
 
 }  // namespace flash_models

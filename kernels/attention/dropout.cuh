@@ -58,4 +58,27 @@ __device__ __forceinline__ uint32_t keep_bits_transposed(uint32_t bits) {
   return ptx::movmatrix_transposed((bits & 0x5555u) | ((bits & 0xAAAAu) << 15));
 }
 
+// What is kept of kN transposed fragments of one warp: rows are 16 keys k0 .., columns queries q0 .. (multiples of 16).
+template <int kN>
+struct KeepTransposed {
+  static_assert(kN % 2 == 0);
+  uint32_t bits[kN / 2];  // of 16 queries each
+
+  __device__ __forceinline__ void draw(const AttentionProblem& p, int64_t batch_head, int q0, int k0,
+                                       const Lane& lane) {
+    const int upper = k0 / 16 % 2;  // which half of a patch of 32 keys
+#pragma unroll
+    for (int patch = 0; patch < kN / 2; ++patch)
+      bits[patch] =
+          keep_bits_transposed(keep_bits(dropout_patch(p.rng_state, batch_head, q0 / 16 + patch, k0 / 32, lane.id),
+                                         p.dropout_threshold)) >>
+          (8 * upper);
+  }
+
+  // Whether element i of fragment n is kept.
+  __device__ __forceinline__ bool kept(int n, int i) const {
+    return bits[n / 2] >> (4 * (i / 2) + 2 * (n % 2) + 16 * (i % 2)) & 1u;
+  }
+};
+
 }  // namespace flash_models

@@ -145,11 +145,13 @@ std::vector<int64_t> shape_vector(const Tensor& t) {
   return shape;
 }
 
-// The CUDA kernels read 16 bytes at a time. A view whose rows do not start on 16 bytes is copied.
+// The CUDA kernels read 16 bytes at a time, and Hopper's copy engine knows no stride of 0. A view whose rows do not
+// start on 16 bytes, or that repeats itself, is copied.
 Tensor aligned(const Tensor& t) {
   if (!t.is_cuda() || t.numel() == 0) return t;
   bool fits = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) fits = fits && (t.size(i) == 1 || t.stride(i) % 8 == 0);
+  for (int64_t i = 0; i + 1 < t.dim(); ++i)
+    fits = fits && (t.size(i) == 1 || (t.stride(i) % 8 == 0 && t.stride(i) != 0));
   if (fits) return t;
   Tensor copy = empty_on(t, shape_vector(t), t.scalar_type());
   return torch::stable::copy_(copy, t);
@@ -209,13 +211,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor out, Tensor
   p.out = view_of(out, "out", packed);
   p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
   Tensor dq = result_like(q, packed), dk = result_like(k, packed), dv = result_like(v, packed);
-  Tensor delta = empty_on(q, lse_shape(p), ScalarType::Float);
+  Tensor rows = empty_on(q, {2, lse.numel()}, ScalarType::Float);
   AttentionGradients g;
   g.dout = view_of(dout, "dout", packed);
   g.dq = view_of(dq, "dq", packed);
   g.dk = view_of(dk, "dk", packed);
   g.dv = view_of(dv, "dv", packed);
-  g.delta = static_cast<float*>(delta.mutable_data_ptr());
+  g.delta = static_cast<float*>(rows.mutable_data_ptr());
+  g.shift = g.delta + lse.numel();
   const int64_t dq_sum_size = kDqSumSize(p);
   Tensor dq_sum = zeros_on(q, {dq_sum_size}, ScalarType::Float);
   if (dq_sum_size > 0) g.dq_sum = static_cast<float*>(dq_sum.mutable_data_ptr());

@@ -54,7 +54,8 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// "Warp-level Matrix Store Instruction: stmatrix". Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 address matrix i.
+// "Warp-level Matrix Store Instruction: stmatrix". Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 address matrix
+// i.
 __device__ __forceinline__ void stmatrix(uint32_t shared, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])

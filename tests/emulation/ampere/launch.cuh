@@ -7,6 +7,7 @@
 
 namespace flash_models {
 
+inline int compute_capability() { return FM_EMULATED_CAPABILITY; }
 inline int multiprocessors() { return 2; }  // few, so that CTAs take several tiles
 
 template <typename... Parameters, typename... Arguments>

@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Backward pass for Hopper (sm_90a; arXiv 2205.14135, Algorithm 4), after bwd_rows.cu two launches:
+//   1. One CTA a tile of 64 * kWarpgroups keys walks the query tiles that see it; one warp is the producer, each
+//   consumer
+//      warpgroup owns 64 keys. Scores are computed transposed, so that P^T and dS^T lie in registers as the A operands
+//      of the products that follow; dS^T alone also goes to shared memory, where dQ needs it from all keys:
+//        S^T  = K Q^T        P^T  = exp2(scale log2(e) S^T - shift)      dV += P^T dO
+//        dP^T = V dO^T       dS^T = P^T * (dP^T - delta)                 dK += scale dS^T Q      dQ += scale dS K
+//   2. The fp32 sum of dQ, added up by L2, is scaled and rounded. In deterministic mode 1. leaves dQ to bwd_dq_sm80.cu.
+//
+//   shared memory   K | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | shift | delta
+//   registers       S^T, dP^T 64 x kTileQ, dK, dV 64 x kDim, dQ 64 x kDqDim, fp32, per warpgroup
+//   barriers        full, empty: as in fwd_sm90.cu; named barrier 1: all consumers have written dS^T
+#include "dispatch.cuh"
+#include "dq_sum.cuh"
+#include "dropout.cuh"
+#include "hopper/tile.cuh"
+#include "maps.h"
+#include "ring.cuh"
+#include "softmax.cuh"
+
+namespace flash_models {
+namespace {
+
+template <int kDim_, int kWarpgroups_, int kTileQ_>
+struct BackwardConfig {
+  static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileQ = kTileQ_, kTileK = 64 * kWarpgroups;
+  static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kCtasPerSm = kWarpgroups == 1 ? 2 : 1;
+  // A warpgroup's share of dQ: 64 of a tile's queries, or, where a tile has only 64, some of the columns.
+  static constexpr int kDqDim = kTileQ == kTileK ? kDim : kDim / kWarpgroups;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = kWarpgroups == 2 ? 240 : 232;
+};
+
+struct BackwardMaps {
+  CUtensorMap q, k, v, dout;
+};
+
+template <typename T, typename Config>
+struct BackwardShared {
+  static constexpr int kStages = Config::kStages, kTileQ = Config::kTileQ;
+  using Key = PanelTile<T, Config::kTileK, Config::kDim>;
+  using Query = PanelTile<T, kTileQ, Config::kDim>;
+  using Scores = PanelTile<T, Config::kTileK, kTileQ>;
+  static constexpr int kTiles = 2 * Key::kBytes + 2 * kStages * Query::kBytes + 2 * Scores::kBytes;
+  static constexpr int kRows = kTiles + 2 * kStages * kTileQ * 4, kBytes = kRows + 8 * (2 + 4 * kStages);
+  uint32_t base;
+
+  __device__ __forceinline__ Key k() const { return {base}; }
+  __device__ __forceinline__ Key v() const { return {base + Key::kBytes}; }
+  __device__ __forceinline__ Query q(int stage) const { return {base + 2 * Key::kBytes + stage * Query::kBytes}; }
+  __device__ __forceinline__ Query dout(int stage) const { return q(kStages + stage); }
+  __device__ __forceinline__ Scores ds(int buffer) const {
+    return {base + 2 * Key::kBytes + 2 * kStages * Query::kBytes + buffer * Scores::kBytes};
+  }
+  __device__ __forceinline__ uint32_t shift(int stage) const { return base + kTiles + stage * kTileQ * 4; }
+  __device__ __forceinline__ uint32_t delta(int stage) const { return shift(kStages + stage); }
+
+  __device__ __forceinline__ uint32_t kv_full() const { return base + kRows; }
+  __device__ __forceinline__ uint32_t raw() const { return base + kRows + 8; }
+  __device__ __forceinline__ uint32_t q_full(int stage) const { return base + kRows + 16 + 8 * stage; }
+  __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kStages + stage); }
+  __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_full(2 * kStages + stage); }
+  __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kStages + stage); }
+
+  __device__ __forceinline__ void init_barriers() const {
+    ptx::mbarrier_init(kv_full(), 2);  // K and V
+    ptx::mbarrier_init(raw(), 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(q_full(stage), 1 + 32);  // Q, and each producer lane's part of shift and delta
+      ptx::mbarrier_init(dout_full(stage), 1);
+      ptx::mbarrier_init(q_empty(stage), 4 * Config::kWarpgroups);
+      ptx::mbarrier_init(dout_empty(stage), 4 * Config::kWarpgroups);
+    }
+    ptx::mbarrier_init_fence();
+  }
+};
+
+// The key tile of this CTA, as producer and consumers both derive it. The first keys have most work: under a causal
+// mask, and as the global tokens of many layouts.
+template <typename Config>
+struct KeyTile {
+  const Place place;
+  const Sequence s;
+  const int k0;
+  const Visible visible;
+  const Tiles walk;
+
+  __device__ __forceinline__ KeyTile(const AttentionProblem& p, int key_tiles)
+      : place(p, blockIdx.x, key_tiles, false),
+        s(sequence_of(p, place.batch)),
+        k0(place.tile * Config::kTileK),
+        visible(p, s),
+        walk(query_tiles(p, s, visible, place.head, k0, Config::kTileK, Config::kTileQ)) {}
+
+  __device__ __forceinline__ bool exists() const { return k0 < s.k_len; }
+};
+
+template <typename T, typename Config>
+__device__ __forceinline__ void produce(const AttentionProblem& p, const AttentionGradients& g,
+                                        const BackwardMaps& maps, int key_tiles) {
+  const KeyTile<Config> tile(p, key_tiles);
+  constexpr int kTileQ = Config::kTileQ;
+  const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
+  const int head = tile.place.head, batch = p.cu_seqlens_q != nullptr ? 0 : tile.place.batch;
+  const int q_len = static_cast<int>(tile.s.q_len), q_begin = static_cast<int>(tile.s.q_begin);
+  const int key = static_cast<int>(tile.s.k_begin) + tile.k0;
+  const int lo = tile.visible.lo - tile.k0, hi = tile.visible.hi - tile.k0;
+  const int64_t rows = lse_offset(p, tile.s, tile.place.batch, head);
+  Producer producer{shared.raw()};
+  producer.load(shared.k(), maps.k, shared.kv_full(), key, head, batch, lo, hi);
+  producer.load(shared.v(), maps.v, shared.kv_full(), key, head, batch, lo, hi);
+
+  Ring<Config::kStages> ring;
+  for (int position = tile.walk.next(0); position < tile.walk.count;
+       position = tile.walk.next(position + 1), ring.advance()) {
+    const int q0 = tile.walk.tile(position) * kTileQ, stage = ring.stage;
+    ptx::mbarrier_wait(shared.q_empty(stage), ring.parity ^ 1);
+    for (int i = threadIdx.x; i < kTileQ; i += 32) {
+      const int64_t row = rows + min(q0 + i, q_len - 1);  // what lies past the end is masked
+      ptx::cp_async_4(shared.shift(stage) + 4 * i, g.shift + row);
+      ptx::cp_async_4(shared.delta(stage) + 4 * i, g.delta + row);
+    }
+    ptx::cp_async_mbarrier_arrive(shared.q_full(stage));
+    producer.load(shared.q(stage), maps.q, shared.q_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
+    ptx::mbarrier_wait(shared.dout_empty(stage), ring.parity ^ 1);
+    producer.load(shared.dout(stage), maps.dout, shared.dout_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
+  }
+}
+
+// Sets the transposed scores that do not attend to -inf: rows are keys k0 .., columns queries q0 ...
+template <int kN>
+__device__ __forceinline__ void mask_transposed(float (&s)[1][kN][4], const Visible& visible, int q_len, int q0, int k0,
+                                                const Lane& lane) {
+  const int last = q_len - 1 - q0 - lane.col;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int key = k0 + 8 * half + lane.row;
+    const int first = key >= visible.lo && key < visible.hi ? key - visible.diagonal - q0 - lane.col : 1 << 30;
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (8 * n + i < first || 8 * n + i > last) s[0][n][2 * half + i] = -INFINITY;
+  }
+}
+
+template <typename T, typename Config, bool kDropout>
+__device__ __forceinline__ void consume(const AttentionProblem& p, const AttentionGradients& g, int key_tiles) {
+  constexpr int kDim = Config::kDim, kTileQ = Config::kTileQ, kDqDim = Config::kDqDim, kN = kTileQ / 8;
+  const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
+  const KeyTile<Config> tile(p, key_tiles);
+  const Lane lane;
+  const int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, row0 = 64 * warpgroup + 16 * warp;
+  const int k0 = tile.k0 + row0, q_len = static_cast<int>(tile.s.q_len), head = tile.place.head;
+  // This warpgroup's share of the dQ of a query tile.
+  const int query0 = kTileQ == Config::kTileK ? 64 * warpgroup : 0, dim0 = kDqDim == kDim ? 0 : kDqDim * warpgroup;
+  const int64_t batch_head = tile.place.batch * p.heads + head;
+  const float scale_log2 = p.scale * kLog2e;
+  auto release = [&](uint32_t barrier) {
+    if (lane.id == 0) ptx::mbarrier_arrive(barrier);
+  };
+  auto pair_of = [&](uint32_t rows, int n) {  // the values of this lane's two queries in fragment n
+    return *static_cast<const float2*>(__cvta_shared_to_generic(rows + 4 * (8 * n + lane.col)));
+  };
+
+  float* dq_sum =
+      dq_tile(p, g.dq_sum, tile.s, tile.place.batch, head, query0, kDim) + (4 * dim0 / kDqDim + warp) * 16 * kDqDim;
+
+  float dk[1][kDim / 8][4], dv[1][kDim / 8][4];
+  clear(dk);
+  clear(dv);
+  Ring<Config::kStages> ring;
+  int buffer = 0;
+  ptx::mbarrier_wait(shared.kv_full(), 0);
+
+  KeepTransposed<kN> keep;
+  auto draw = [&](int position) {
+    if constexpr (kDropout)
+      if (position < tile.walk.count) keep.draw(p, batch_head, tile.walk.tile(position) * kTileQ, k0, lane);
+  };
+  int position = tile.walk.next(0);
+  draw(position);
+
+  while (position < tile.walk.count) {
+    const int q0 = tile.walk.tile(position) * kTileQ, stage = ring.stage;
+    float scores[1][kN][4], dp[1][kN][4];
+    ptx::mbarrier_wait(shared.q_full(stage), ring.parity);
+    ptx::wgmma_fence();
+    multiply_rows<T>(scores, shared.k(), 64 * warpgroup, shared.q(stage));
+    ptx::wgmma_commit();
+    ptx::mbarrier_wait(shared.dout_full(stage), ring.parity);
+    multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(stage));
+    ptx::wgmma_commit();
+
+    ptx::wgmma_wait<1>();
+    if (!tile.visible.all(q0, k0, 16) || q0 + kTileQ > q_len)
+      mask_transposed(scores, tile.visible, q_len, q0, k0, lane);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const float2 shift = pair_of(shared.shift(stage), n);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        scores[0][n][i] = ptx::exp2_approx(fmaf(scores[0][n][i], scale_log2, -(i % 2 ? shift.y : shift.x)));
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const float2 delta = pair_of(shared.delta(stage), n);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kDropout) dp[0][n][i] = keep.kept(n, i) ? dp[0][n][i] * p.keep_scale : 0.0f;
+        dp[0][n][i] = scores[0][n][i] * (dp[0][n][i] - (i % 2 ? delta.y : delta.x));
+        if constexpr (kDropout) scores[0][n][i] = keep.kept(n, i) ? scores[0][n][i] : 0.0f;
+      }
+    }
+    uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
+    pack_operands<T>(probabilities, scores);
+    pack_operands<T>(ds, dp);
+
+    ptx::wgmma_fence();
+    multiply_columns<T>(dv, probabilities, shared.dout(stage), true);
+    ptx::wgmma_commit();
+    // The buffer was last read two steps ago, and every consumer has waited for that product before the last barrier.
+#pragma unroll
+    for (int k = 0; k < kN / 2; ++k) shared.ds(buffer).store_operand(row0, 16 * k, ds[k], lane.id);
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(1, 128 * Config::kWarpgroups);
+    float dq[1][kDqDim / 8][4];
+    ptx::wgmma_fence();
+    multiply_transposed<T>(dq, shared.ds(buffer), query0, shared.k(), dim0);
+    ptx::wgmma_commit();
+    multiply_columns<T>(dk, ds, shared.q(stage), true);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+    release(shared.dout_empty(stage));
+    if (g.dq_sum != nullptr && q0 + query0 < q_len) {
+      float* sum = dq_sum + int64_t{q0} * kDim;
+#pragma unroll
+      for (int n = 0; n < kDqDim / 8; ++n) ptx::red_add_fragment(sum + 128 * n, lane.id, dq[0][n]);
+    }
+    buffer ^= 1;
+    position = tile.walk.next(position + 1);
+    draw(position);
+    ptx::wgmma_wait<0>();
+    release(shared.q_empty(stage));
+    ring.advance();
+  }
+
+  const float dv_factor[1][2] = {{kDropout ? p.keep_scale : 1.0f, kDropout ? p.keep_scale : 1.0f}};
+  const float dk_factor[1][2] = {{p.scale, p.scale}};
+  const int rows = static_cast<int>(tile.s.k_len) - k0, dims = static_cast<int>(p.head_dim);
+  T* dk_out = static_cast<T*>(g.dk.data) + key_offset(g.dk, tile.s, tile.place.batch, head) + k0 * g.dk.seq;
+  T* dv_out = static_cast<T*>(g.dv.data) + key_offset(g.dv, tile.s, tile.place.batch, head) + k0 * g.dv.seq;
+  store_fragments<T>(dk, dk_factor, dk_out, g.dk.seq, rows, dims, lane);
+  store_fragments<T>(dv, dv_factor, dv_out, g.dv.seq, rows, dims, lane);
+}
+
+template <typename T, typename Config, bool kDropout>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
+    attention_bwd_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g,
+                       const __grid_constant__ BackwardMaps maps, int key_tiles) {
+  if (!KeyTile<Config>(p, key_tiles).exists()) return;
+  if (threadIdx.x == 0) BackwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers();
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    ptx::lower_registers<Config::kProducerRegisters>();
+    if (threadIdx.x < 32) produce<T, Config>(p, g, maps, key_tiles);
+  } else {
+    ptx::raise_registers<Config::kConsumerRegisters>();
+    consume<T, Config, kDropout>(p, g, key_tiles);
+  }
+}
+
+// dq = scale * dq_sum, one CTA a tile of 64 queries, four warps with 16 rows each.
+template <typename T, int kDim, int kDqDim>
+__global__ void __launch_bounds__(128)
+    attention_bwd_store_dq_sm90(const __grid_constant__ AttentionProblem p,
+                                const __grid_constant__ AttentionGradients g, int query_tiles) {
+  const Lane lane;
+  const int warp = threadIdx.x / 32;
+  const Place place(p, blockIdx.x, query_tiles, false);
+  const Sequence s = sequence_of(p, place.batch);
+  const int q0 = place.tile * kDqTile, row0 = q0 + 16 * warp;
+  if (q0 >= s.q_len) return;
+  const float factor[1][2] = {{p.scale, p.scale}};
+  T* out = static_cast<T*>(g.dq.data) + query_offset(g.dq, s, place.batch, place.head) + row0 * g.dq.seq;
+  const float* sum = dq_tile(p, g.dq_sum, s, place.batch, place.head, q0, kDim);
+#pragma unroll
+  for (int share = 0; share < kDim / kDqDim; ++share) {
+    float dq[1][kDqDim / 8][4];
+#pragma unroll
+    for (int n = 0; n < kDqDim / 8; ++n)
+      ptx::load_fragment(sum + (4 * share + warp) * 16 * kDqDim + 128 * n, lane.id, dq[0][n]);
+    store_fragments<T>(dq, factor, out + share * kDqDim, g.dq.seq, static_cast<int>(s.q_len) - row0,
+                       static_cast<int>(p.head_dim) - share * kDqDim, lane);
+  }
+}
+
+template <typename T, typename Config, bool kDropout>
+void launch_backward(const AttentionProblem& p, const AttentionGradients& g) {
+  using Shared = BackwardShared<T, Config>;
+  const BackwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
+                          key_map<typename Shared::Key>(p, p.v), query_map<typename Shared::Query>(p, g.dout)};
+  const int key_tiles = static_cast<int>(ceil_div(p.seqlen_k, Config::kTileK));
+  launch("attention_bwd_sm90", attention_bwd_sm90<T, Config, kDropout>, key_tiles * p.heads * p.batch, Config::kThreads,
+         Shared::kBytes, p.stream, p, g, maps, key_tiles);
+  if (g.dq_sum == nullptr) return;
+  const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kDqTile));
+  launch("attention_bwd_store_dq_sm90", attention_bwd_store_dq_sm90<T, Config::kDim, Config::kDqDim>,
+         query_tiles * p.heads * p.batch, 128, 0, p.stream, p, g, query_tiles);
+}
+
+}  // namespace
+
+void attention_bwd_sm90(const AttentionProblem& p, const AttentionGradients& g) {
+  dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
+    // A key tile must lie within one block column.
+    if constexpr (kDim <= 64) {
+      p.block_size == 64 ? launch_backward<T, BackwardConfig<kDim, 1, 64>, kDropout>(p, g)
+                         : launch_backward<T, BackwardConfig<kDim, 2, 128>, kDropout>(p, g);
+    } else if constexpr (kDim == 128) {
+      launch_backward<T, BackwardConfig<kDim, 2, 64>, kDropout>(p, g);
+    }
+  });
+}
+
+}  // namespace flash_models
