@@ -81,7 +81,8 @@ void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g);
 // What the CUDA backend is made of (cuda.cu).
 void attention_fwd_sm80(const AttentionProblem& p);
 void attention_fwd_sm90(const AttentionProblem& p);
-void attention_bwd_rows(const AttentionProblem& p, const AttentionGradients& g);  // delta and shift; all others need them
+void attention_bwd_rows(const AttentionProblem& p,
+                        const AttentionGradients& g);  // delta and shift; all others need them
 void attention_bwd_sm80(const AttentionProblem& p, const AttentionGradients& g);
 void attention_bwd_sm90(const AttentionProblem& p, const AttentionGradients& g);
 void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g);  // dq in a fixed order
