@@ -107,7 +107,8 @@ def _random_blocks(n, reach, global_blocks, n_random, seed, device):
     free = low - global_blocks + n - high
     part = torch.arange(n_random, device=device)
     begin, end = free * part // n_random, free * (part + 1) // n_random
-    drawn = begin + _mixed(_mixed(row ^ _mixed(seed & 0xFFFFFFFF)) + part & 0xFFFFFFFF) % (end - begin).clamp(min=1)
+    word = _mixed((row * n_random + part) ^ _mixed(seed & 0xFFFFFFFF))
+    drawn = begin + word % (end - begin).clamp(min=1)
     before_band = low - global_blocks
     block = torch.where(drawn < before_band, global_blocks + drawn, high + drawn - before_band)
     return torch.where(begin < end, block, n)
