@@ -14,7 +14,7 @@ import argparse
 import re
 import sys
 
-PATTERN_FIELDS = ("window", "global", "radius", "height", "width", "block_size")
+PATTERN_FIELDS = ("window", "global", "random", "seed", "stride", "radius", "height", "width", "block_size")
 
 
 def parse_args(argv=None):
@@ -54,9 +54,16 @@ def _convert_arguments(add):
         "max_length pixels (default: %(default)s)",
     )
     add("--revision", help="branch, tag or commit of MODEL on the Hub")
-    add("--pattern", help="block-sparse pattern: local, local_global or grid_2d (default: exact attention)")
-    add("--window", type=int, help="local, local_global: tokens that a token sees to either side")
-    add("--global", type=int, help="local_global, grid_2d: leading tokens that see, and are seen by, everything")
+    add(
+        "--pattern",
+        help="block-sparse pattern: local, local_global, bigbird, strided, butterfly or grid_2d (default: exact "
+        "attention)",
+    )
+    add("--window", type=int, help="all but strided, grid_2d: tokens that a token sees to either side")
+    add("--global", type=int, help="all but local, strided: leading tokens that see, and are seen by, everything")
+    add("--random", type=int, help="bigbird: random blocks that a block of tokens sees")
+    add("--seed", type=int, help="bigbird: which random blocks (default: 0)")
+    add("--stride", type=int, help="strided: a token sees as far to either side, and every stride-th token beyond")
     add("--radius", type=int, help="grid_2d: tiles that a tile sees to every side")
     add("--height", type=int, help="grid_2d: of the image in pixels (default: square)")
     add("--width", type=int, help="grid_2d: of the image in pixels (default: square)")

@@ -5,7 +5,6 @@ Importing this module registers the implementation `io_aware` with transformers:
 function that attends. A model uses it with `attn_implementation="io_aware"`, or after `patch(model)`.
 """
 
-import operator
 import os
 import warnings
 
@@ -17,6 +16,7 @@ from transformers.models.bert.modeling_bert import BertCrossAttention, BertPreTr
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, GPT2PreTrainedModel
 
 from . import layouts
+from ._config_layout import config_layout
 from ._sdpa import sdpa_attention, why_not_kernel
 from .models.configuration import IO_AWARE
 from .models.rotary import is_rotary, rotary_tables, rotate
@@ -91,28 +91,6 @@ def attention_mask(
 
 def _is_self_attention(module):
     return not (isinstance(module, BertCrossAttention) or getattr(module, "is_cross_attention", False))
-
-
-@torch.compiler.assume_constant_result  # so that torch.compile makes the lists while tracing: constants of the graph
-def _constant_layout(fields, seqlen, device):
-    return layouts.from_config(dict(fields), seqlen, seqlen, device)
-
-
-def _layout(config, seqlen, device):
-    """The layout of `config.block_sparse` for `seqlen` tokens, or None."""
-    fields = getattr(config, "block_sparse", None)
-    if fields is None:
-        return None
-    if fields["pattern"] == "grid_2d":
-        fields = {"global": getattr(config, "num_global_tokens", 0), **fields}
-    # index() makes torch.compile treat an integer as a constant of the graph
-    fields = {name: fields[name] if name == "pattern" else operator.index(fields[name]) for name in sorted(fields)}
-    if fields["pattern"] == "grid_2d":
-        seqlen = operator.index(seqlen)
-    else:  # one layout serves all lengths of the same number of blocks
-        block_size = fields.get("block_size", 128)
-        seqlen = operator.index(-(-seqlen // block_size)) * block_size
-    return _constant_layout(tuple(fields.items()), seqlen, device)
 
 
 def _packed_sequences(kwargs, query, key, is_self_attention):
@@ -193,7 +171,8 @@ def attention_forward(
             if packed is not None and config.position_embedding_type == "rotary_2d":
                 raise ValueError("rotary_2d does not combine with packed sequences; batch the images instead")
             query, key = _rotated(config, query, key)
-        layout = _layout(config, k_length if packed is None else packed["max_seqlen_k"], query.device)
+        layout_length = k_length if packed is None else packed["max_seqlen_k"]
+        layout = config_layout(config, layout_length, query.shape[1], query.device)
         if layout is not None and unknown_positions:
             raise ValueError("block_sparse does not combine with a static cache; use the default dynamic cache")
     reason = why_not_kernel(query, key, value, mask, position_bias)
@@ -249,8 +228,6 @@ def patch(model, block_sparse=None):
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
-    if block_sparse is not None:
-        layouts.check_config(block_sparse)
     if not any(isinstance(module, _ATTENTION_CLASSES) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} holds no Hugging Face BERT or GPT-2 attention, so there is nothing to patch. "
@@ -261,6 +238,9 @@ def patch(model, block_sparse=None):
         raise ValueError(
             "config.output_attentions is True, but the kernels never form the attention weights; set it to False first"
         )
+    if block_sparse is not None:
+        for module in patched:
+            layouts.check_config(block_sparse, module.config.num_attention_heads)
     for module in patched:
         if not hasattr(module, _BEFORE_PATCH):
             config = module.config

@@ -8,7 +8,7 @@ in memory: H * Sq * Sk numbers.
 
 import torch
 
-from .layouts import listed_blocks
+from ._block_layout import listed_blocks
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)

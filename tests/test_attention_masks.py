@@ -76,18 +76,55 @@ def test_random_layout(layout_heads, block_size, causal, target):
     check(q, k, v, layout=random_layout(513, 449, block_size, layout_heads, q.device), causal=causal)
 
 
+PATTERNS = {
+    "dense": lambda **options: layouts.dense(500, **options),
+    "local": lambda **options: layouts.local(500, 100, **options),
+    "local_global": lambda **options: layouts.local_global(500, 64, 10, **options),
+    "bigbird": lambda **options: layouts.bigbird(500, 64, 64, 1, **options),
+    "strided": lambda **options: layouts.strided(500, 192, **options),
+    "butterfly": lambda **options: layouts.butterfly(500, **options),
+    "grid_2d": lambda **options: layouts.grid_2d(24, 16, 1, 64, **options),
+    "per_head": lambda **options: layouts.per_head(
+        [layouts.local(500, 0, **options), layouts.bigbird(500, 0, 0, 1, **options)]
+    ),
+}
+
+
 @pytest.mark.parametrize("head_dim", [32, 64, 128], ids=lambda d: f"D{d}")
-@pytest.mark.parametrize("name", ["dense", "local", "local_global", "grid_2d"])
+@pytest.mark.parametrize("name", PATTERNS)
 def test_pattern(name, head_dim, one_dtype):
-    device = one_dtype["device"]
-    layout = {
-        "dense": lambda: layouts.dense(500, block_size=64, device=device),
-        "local": lambda: layouts.local(500, 100, block_size=64, device=device),
-        "local_global": lambda: layouts.local_global(500, 64, 10, block_size=64, device=device),
-        "grid_2d": lambda: layouts.grid_2d(24, 16, 1, 64, device=device),
-    }[name]()
+    layout = PATTERNS[name](block_size=64, device=one_dtype["device"])
     q, k, v = random_qkv(layout.seqlen_q, layout.seqlen_k, batch=1, head_dim=head_dim, **one_dtype)
     check(q, k, v, layout=layout)
+
+
+@pytest.mark.parametrize("name", ["bigbird", "per_head"])
+def test_pattern_under_the_other_masks(name, target):
+    """Causal, padding and dropout cut into the listed blocks, of heads that may share their lists."""
+    layout = PATTERNS[name](block_size=64, device=target["device"])
+    q, k, v = random_qkv(500, 500, batch=2, heads=2, **target)
+    kv_range = int32([[0, 500], [70, 333]], q.device)
+    check(q, k, v, layout=layout, causal=True, kv_range=kv_range, dropout_p=0.2, seed=5)
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_rows_and_columns_without_blocks_are_zero(block_size, one_dtype):
+    """Also where the lists around them are long: out and every gradient exactly 0, lse -inf."""
+    mask = torch.rand(3, 6, 7) < 0.3
+    mask[:, 0], mask[:, :, 0] = True, True
+    mask[0, [1, 5]], mask[1, :, [2, 6]], mask[2] = False, False, False
+    device = one_dtype["device"]
+    layout = layouts.from_block_mask(mask.to(device), 6 * block_size - 3, 7 * block_size - 50, block_size)
+    q, k, v = random_qkv(layout.seqlen_q, layout.seqlen_k, batch=1, heads=3, **one_dtype)
+    check(q, k, v, layout=layout)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    out, lse = attention(*inputs, layout=layout, return_lse=True)
+    grads = gradients(out, inputs, torch.randn_like(out))
+    seen = layout.token_mask()
+    rows, columns = ~seen.any(2).T, ~seen.any(1).T  # (S, H)
+    assert rows.any() and columns.any()
+    assert not out[0][rows].any() and not grads[0][0][rows].any() and (lse[0].T[rows] == -torch.inf).all()
+    assert not grads[1][0][columns].any() and not grads[2][0][columns].any()
 
 
 def test_empty_layout(one_dtype):

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_models import layouts
 from flash_models.layouts import from_block_mask, from_config, grid_2d, local, local_global, tile_order
@@ -104,6 +105,23 @@ CONFIGS = [
         lambda device: local_global(400, 64, 70, block_size=64, device=device),
     ),
     (
+        {"pattern": "bigbird", "window": 128, "global": 70, "random": 2, "seed": 9},
+        2000,
+        lambda device: layouts.bigbird(2000, 128, 70, 2, 9, device=device),
+    ),
+    (
+        {"pattern": "bigbird", "window": 64, "global": 0, "random": 1, "block_size": 64},
+        900,
+        lambda device: layouts.bigbird(900, 64, 0, 1, block_size=64, device=device),
+    ),
+    ({"pattern": "strided", "stride": 256}, 1500, lambda device: layouts.strided(1500, 256, device=device)),
+    ({"pattern": "butterfly"}, 1500, lambda device: layouts.butterfly(1500, device=device)),
+    (
+        {"pattern": "butterfly", "window": 200, "global": 1, "block_size": 64},
+        1500,
+        lambda device: layouts.butterfly(1500, 200, 1, block_size=64, device=device),
+    ),
+    (
         {"pattern": "grid_2d", "radius": 1, "global": 64},
         64 + 24 * 24,
         lambda device: grid_2d(24, 24, 1, 64, device=device),
@@ -140,6 +158,9 @@ def test_cached_layouts_serve_training_after_inference(device):
         ({"pattern": "local", "window": -3}, "'window' must be an integer of at least 0, got -3"),
         ({"pattern": "local", "window": 3.5}, "'window' must be an integer of at least 0, got 3.5"),
         ({"pattern": "local", "window": 3, "block_size": 32}, r"block_size must be one of \(64, 128\), got 32"),
+        ({"pattern": "bigbird", "window": 3, "global": 4}, r"takes the fields \['window', 'global', 'random'\] and"),
+        ({"pattern": "strided", "stride": 100}, "stride must be a positive multiple of block_size 128.*got 100"),
+        ({"pattern": "strided", "stride": 0}, "stride must be a positive multiple of block_size 128.*got 0"),
         ({"pattern": "grid_2d", "radius": 1, "height": 8}, "both of height and width"),
         ({"pattern": "grid_2d", "radius": 1}, "a square image, got 65 tokens"),
         ({"pattern": "grid_2d", "radius": 1, "height": 8, "width": 16}, "an image of 8 x 16 pixels, got 65 tokens"),
@@ -162,22 +183,68 @@ def test_pattern_errors_say_what_to_do():
         local(0, 3)
 
 
-def test_plot(tmp_path):
+PLOTS = {
+    "shared": lambda: (grid_2d(64, 64, 1, 64), 1),
+    "equal_heads": lambda: (from_block_mask(torch.eye(8, dtype=torch.bool).expand(3, 8, 8), 512, 512, 64), 1),
+    "per_head": lambda: (layouts.per_head([local(500, 0), layouts.butterfly(500)], num_heads=4), 2),
+    "many": lambda: (from_block_mask(torch.eye(20, dtype=torch.bool).view(20, 4, 5), 256, 320, 64), 12),
+    "large": lambda: (local_global(2**17, 256, 64, block_size=64), 1),
+}
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_plot(name, tmp_path):
+    """One panel for each pattern that a head has, at most 12, and something drawn in each."""
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
+    layout, panels = PLOTS[name]()
     path = tmp_path / "layout.png"
-    from_block_mask(torch.eye(8, dtype=torch.bool).expand(2, 8, 8), 512, 512, block_size=64).plot(path)
-    width, height = image.open(path).size
-    assert width > 400 and height > 400
+    layout.plot(path)
+    picture = image.open(path).convert("RGB")
+    assert picture.width >= 700 and picture.height >= 600
+    if panels > 1:
+        assert picture.width >= 500 * min(panels, 4) and picture.height >= 500 * (panels // 4)
+    blue = sum(count for count, (r, g, b) in picture.getcolors(2**24) if b - r > 100)
+    assert blue > 300 * panels
 
 
-def test_no_wait_for_the_device(device):
-    if device.type != "cuda":
-        pytest.skip("a CPU does not wait for itself")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        local_global(4096, 256, 64, device=device)
-        grid_2d(64, 64, 1, 64, device=device).to_dense()
-        from_block_mask(torch.ones(4, 4, dtype=torch.bool, device=device), 512, 512)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+class Ops(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def build_all(device):
+    mask = torch.ones(4, 4, dtype=torch.bool, device=device)
+    made = [
+        local_global(4096, 256, 64, device=device),
+        layouts.bigbird(4096, 256, 64, 3, device=device),
+        layouts.strided(4096, 512, device=device),
+        layouts.butterfly(4096, device=device),
+    ]
+    mixture = layouts.per_head(made, num_heads=8)
+    for layout in (*made, mixture, from_block_mask(mask, 512, 512), grid_2d(64, 64, 1, 64, device=device)):
+        layout.to_dense()
+        layout.schedule(8)
+        layout.schedule(8, transposed=True)
+
+
+def test_built_without_a_sort_or_a_wait(device):
+    """No operator that sorts, and none whose result the host must read: those do not run without data either."""
+    with Ops() as ops:
+        build_all(device)
+    assert "searchsorted" in ops.names
+    assert not ops.names & {"sort", "argsort", "topk", "unique", "nonzero", "_local_scalar_dense", "masked_select"}
+    build_all("meta")
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            build_all(device)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -37,7 +37,7 @@ class FlashConfigMixin(OwnCode):
         if head_dim % multiple:
             raise ValueError(f"{self.position_embedding_type} needs a head dim divisible by {multiple}, got {head_dim}")
         if self.block_sparse is not None:
-            check_config(self.block_sparse)
+            check_config(self.block_sparse, self.num_attention_heads)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Hugging Face's, and the stub by which `trust_remote_code=True` finds this library; see auto.py."""

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <numeric>
+#include <vector>
 
 #include "attention.h"
 #include "cpu_head.h"
@@ -69,23 +71,44 @@ struct Work {
   const AttentionGradients* gradients;
   TileKernel kernel;
   int64_t tiles_per_head;
-  bool last_tile_first;
+  std::vector<int32_t> order;  // of the tasks, task = (batch * heads + head) * tiles_per_head + tile
   std::atomic<int64_t> next{0};
 
-  int64_t size() const { return problem.batch * problem.heads * tiles_per_head; }
+  int64_t size() const { return static_cast<int64_t>(order.size()); }
 
   void run() {
     constexpr std::align_val_t kAlignment{64};
     const auto release = [](void* p) { ::operator delete(p, kAlignment); };
     const std::unique_ptr<void, decltype(release)> workspace(
         ::operator new(static_cast<size_t>(kernels().workspace_bytes), kAlignment), release);
-    for (int64_t task = next++; task < size(); task = next++) {
+    for (int64_t at = next++; at < size(); at = next++) {
+      const int64_t task = order[at];
       const Head head = make_head(problem, gradients, task / tiles_per_head);
-      const int64_t tile = task % tiles_per_head;
-      kernel(head, last_tile_first ? tiles_per_head - 1 - tile : tile, workspace.get());
+      kernel(head, task % tiles_per_head, workspace.get());
     }
   }
 };
+
+// The order in which the threads take tiles: the longest first, or one that is started last keeps a single thread busy
+// while the others wait. With a causal mask the last queries see the most keys, and the first keys are seen by the most
+// queries; then the longest block lists, where there are any: a block of global tokens lists all others.
+std::vector<int32_t> longest_first(const AttentionProblem& p, const BlockLists& lists, int64_t tiles_per_head,
+                                   bool last_tile_first) {
+  std::vector<int32_t> order(p.batch * p.heads * tiles_per_head);
+  std::iota(order.begin(), order.end(), 0);
+  const auto tile_of = [&](int32_t task) { return task % tiles_per_head; };
+  if (last_tile_first) {
+    for (int32_t& task : order) task += static_cast<int32_t>(tiles_per_head - 1 - 2 * tile_of(task));
+  }
+  if (lists.start == nullptr) return order;
+  const auto length = [&](int32_t task) {
+    const int32_t* start = lists.start + task / tiles_per_head % p.heads * lists.head_stride;
+    const int64_t line = tile_of(task) * tile_size(p) / p.block_size;
+    return start[line + 1] - start[line];
+  };
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return length(a) > length(b); });
+  return order;
+}
 
 // Tiles cost very different amounts (causal, packed, block-sparse), so the threads take the next one from a counter
 // instead of keeping to their share of the range. Whoever computes it, a tile's result is the same.
@@ -97,17 +120,17 @@ int64_t tiles_of(const AttentionProblem& p, int64_t seqlen) { return (seqlen + t
 
 }  // namespace
 
-// With a causal mask the last queries see the most keys, and the first keys are seen by the most queries: the longest
-// tiles of a head go first.
 void attention_fwd_cpu(const AttentionProblem& p) {
-  Work work{p, nullptr, kernels().forward, tiles_of(p, p.seqlen_q), true};
+  const int64_t tiles = tiles_of(p, p.seqlen_q);
+  Work work{p, nullptr, kernels().forward, tiles, longest_first(p, p.rows, tiles, true)};
   run_tiles(work);
 }
 
 void attention_bwd_cpu(const AttentionProblem& p, const AttentionGradients& g) {
-  Work queries{p, &g, kernels().backward_queries, tiles_of(p, p.seqlen_q), true};
+  const int64_t q_tiles = tiles_of(p, p.seqlen_q), k_tiles = tiles_of(p, p.seqlen_k);
+  Work queries{p, &g, kernels().backward_queries, q_tiles, longest_first(p, p.rows, q_tiles, true)};
   run_tiles(queries);
-  Work keys{p, &g, kernels().backward_keys, tiles_of(p, p.seqlen_k), false};
+  Work keys{p, &g, kernels().backward_keys, k_tiles, longest_first(p, p.columns, k_tiles, false)};
   run_tiles(keys);
 }
 

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`BlockLayout`, the lists of blocks that the kernels walk, and how they are made from a mask of blocks."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from ._cache import remember
+from ._schedule import make_schedule
+
+BLOCK_SIZES = (64, 128)
+MAX_BLOCKS = 2**31  # the lists count in int32
+
+
+def block_lists(mask, max_listed):
+    """Lists, as in `BlockLayout`, of the True blocks of `mask`, bool (Hl, rows, cols), at most `max_listed`.
+
+    Returns start, int32 (Hl, rows + 1), and index, int32 (max_listed,). A scan and a binary search: what is not listed
+    costs one byte and one int32 of scratch memory.
+    """
+    heads, rows, cols = mask.shape
+    listed = mask.flatten().cumsum(0, dtype=torch.int32)  # blocks listed up to and with each one
+    row_ends = listed.view(heads * rows, cols)[:, -1]
+    start = F.pad(row_ends, (1, 0)).unfold(0, rows + 1, rows).contiguous()
+    number = torch.arange(1, max_listed + 1, dtype=torch.int32, device=mask.device)
+    # the n-th listed block is the first up to which n are listed; past the last one this gives a multiple of cols
+    index = torch.searchsorted(listed, number, out_int32=True) % cols
+    return start, index
+
+
+def listed_blocks(row_start, row_index, num_key_blocks):
+    """Lists, as in `BlockLayout`, as a mask of blocks: bool (Hl, nq, num_key_blocks)."""
+    first, end = row_start[:, :-1, None], row_start[:, 1:, None]
+    entry = first + torch.arange(num_key_blocks, dtype=torch.int32, device=row_start.device)
+    # places past the end of a row go to one extra column
+    block = torch.where(entry < end, row_index[entry.clamp(max=row_index.numel() - 1)], num_key_blocks)
+    mask = torch.zeros(*block.shape[:2], num_key_blocks + 1, dtype=torch.bool, device=row_start.device)
+    return mask.scatter_(2, block.long(), True)[..., :-1]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """Lists of the blocks of the attention matrix that are computed, per row of blocks and per column of blocks.
+
+    nq = ceil(seqlen_q / block_size), nk = ceil(seqlen_k / block_size), and Hl is 1 (one pattern for all heads) or the
+    number of heads. The key blocks of query block i of head h are `row_index[row_start[h, i] : row_start[h, i + 1]]`,
+    ascending; the query blocks of key block j are `col_index[col_start[h, j] : col_start[h, j + 1]]`, ascending. Heads
+    with one pattern may share its lists, and entries that no row names are spare. A row or column may list nothing.
+    """
+
+    block_size: int
+    seqlen_q: int
+    seqlen_k: int
+    row_start: torch.Tensor  # int32 (Hl, nq + 1)
+    row_index: torch.Tensor  # int32 (at least the number of listed blocks,)
+    col_start: torch.Tensor  # int32 (Hl, nk + 1)
+    col_index: torch.Tensor  # int32 (as row_index,)
+    max_listed: int  # listed blocks of all Hl heads together, or more: what the host knows without asking the device
+    names: tuple[str, ...] = ("block mask",)  # the pattern and its parameters, for figures; one, or one per head
+    _schedules: dict = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def num_heads(self):
+        """Hl: 1 or the number of heads."""
+        return self.row_start.shape[0]
+
+    @property
+    def device(self):
+        return self.row_start.device
+
+    @property
+    def density(self):
+        """Listed blocks over all blocks, a Python float in 0..1 (waits for the device)."""
+        num_blocks = self.num_heads * (self.row_start.shape[1] - 1) * (self.col_start.shape[1] - 1)
+        return (self.row_start[:, -1] - self.row_start[:, 0]).sum().item() / num_blocks
+
+    def to_dense(self):
+        """The pattern as a mask of blocks: bool (Hl, nq, nk)."""
+        return listed_blocks(self.row_start, self.row_index, self.col_start.shape[1] - 1)
+
+    def token_mask(self):
+        """The pattern as a mask of tokens: bool (Hl, seqlen_q, seqlen_k). Quadratic memory, for fallbacks and tests."""
+        mask = self.to_dense().repeat_interleave(self.block_size, 1).repeat_interleave(self.block_size, 2)
+        return mask[:, : self.seqlen_q, : self.seqlen_k]
+
+    def schedule(self, max_blocks, *, transposed=False):
+        """The rows of all heads (`transposed`: the columns) cut into pieces of at most `max_blocks` listed blocks.
+
+        A `WorkSchedule`, made without waiting for the device and remembered by the layout.
+        """
+        if not isinstance(max_blocks, int) or max_blocks < 1:
+            raise ValueError(f"max_blocks must be a positive number of listed blocks, got {max_blocks!r}")
+        start, other = (self.col_start, self.row_start) if transposed else (self.row_start, self.col_start)
+        longest = other.shape[1] - 1
+        return remember(
+            self._schedules,
+            (max_blocks, transposed),
+            lambda: make_schedule(start, max_blocks, max_length=longest, max_listed=self.max_listed),
+        )
+
+    def plot(self, path):
+        """Draw the pattern, heads that differ side by side, into the image file `path`. Needs matplotlib."""
+        from ._plot import draw_layout
+
+        draw_layout(self, path)
+
+
+def check_length(name, length):
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise ValueError(f"{name} must be a positive number of tokens, got {length!r}")
+
+
+def check_block_size(block_size):
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
+
+
+def check_count(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+
+
+def block_shape(seqlen_q, seqlen_k, block_size, heads=1):
+    """(heads, nq, nk) of a layout for these lengths in tokens; ValueError if the lists could not count the blocks."""
+    shape = (heads, -(-seqlen_q // block_size), -(-seqlen_k // block_size))
+    if shape[0] * shape[1] * shape[2] >= MAX_BLOCKS:
+        raise ValueError(
+            f"the layout would have {heads} x {shape[1]} x {shape[2]} blocks of {block_size} tokens (heads x query "
+            "blocks x key blocks), expected fewer than 2^31: use blocks of 128, one pattern for all heads or shorter "
+            "sequences"
+        )
+    return shape
+
+
+def layout_of_mask(mask, seqlen_q, seqlen_k, block_size, *, max_listed=None, symmetric=False, name="block mask"):
+    """The layout that lists the True blocks of `mask`, bool (Hl, nq, nk).
+
+    max_listed: an upper bound of their number; all blocks if None. `symmetric`: the mask is its own transpose, so that
+    rows and columns share their lists.
+    """
+    max_listed = mask.numel() if max_listed is None else min(max_listed, mask.numel())
+    rows = block_lists(mask, max_listed)
+    columns = rows if symmetric else block_lists(mask.transpose(1, 2), max_listed)
+    return BlockLayout(block_size, seqlen_q, seqlen_k, *rows, *columns, max_listed, (name,))
