@@ -152,6 +152,10 @@ def _kernel_on(device, architectures):
     if device.type == "cpu":
         return f"C++ kernels on a processor with {torch.backends.cpu.get_cpu_capability()}"
     major, minor = torch.cuda.get_device_capability(device)
-    exact, family = f"sm_{major}{minor}a", f"sm_{major}0"
-    code = next((f"compiled for {name}" for name in (exact, family) if name in architectures), "compiled from PTX")
-    return f"CUDA kernels {code}, compute capability {major}.{minor}"
+    if (major, minor) == (9, 0) and "sm_90a" in architectures:  # kernels/attention/cuda.cu
+        return (
+            "Hopper kernels (wgmma, sm_90a), because the compute capability is 9.0; portable ones for the backward of "
+            "head dims 72 to 96, of head dims over 64 with blocks of 64, and for a deterministic dq"
+        )
+    code = f"compiled for sm_{major}0" if f"sm_{major}0" in architectures else "compiled from PTX"
+    return f"portable kernels (mma.sync) {code}, because the compute capability is {major}.{minor}"
