@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "eval"))
 import pathx  # noqa: E402
 from tasks.pathfinder import PathfinderSpec, generate_batch  # noqa: E402
 from tasks.pathx_model import check_fits, create_model  # noqa: E402
-from tasks.pathx_state import StateError, find_state, load_state  # noqa: E402
+from tasks.training_state import StateError, find_state, load_state  # noqa: E402
 from tasks.pathx_training import Trainer  # noqa: E402
 
 TINY = {

@@ -3,8 +3,6 @@
 
 import hashlib
 import os
-import resource
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 from metrics.accuracy import accuracy_with_interval
 from tasks.pathx_figures import draw_sheet
+from tasks.training_loop import bar_interval
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
@@ -87,12 +86,6 @@ def best_threshold_accuracy(values, labels):
     return float(max(above[cuts].max(), len(ordered) - above[cuts].min()) / len(ordered))
 
 
-def peak_memory_mib(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def fingerprint(model, key):
     """Hash of the weights and of the name of the images: predictions of another model or set are never taken over."""
     digest = hashlib.sha256(key.encode())
@@ -153,11 +146,6 @@ def evaluate_images(model, dataset, name, radius, key, args, accelerator):
         "images_per_second": timed / seconds if seconds else None,
         "resumed_from": kept,
     }
-
-
-def bar_interval():
-    """Seconds between two updates of a progress bar: rare where stderr is a file."""
-    return 1 if sys.stderr.isatty() else 30
 
 
 def score(predictions, labels):
