@@ -25,7 +25,15 @@ from tasks.pathx_evaluation import GivenImages, evaluate_images
 from tasks.pathx_figures import plot_log
 from tasks.pathx_model import check_fits, compile_layers, create_model, load_model
 from tasks.pathx_training import Trainer
-from tasks.script import add_training_arguments, finish, make_accelerator, publish, start_trackers, writable_folder
+from tasks.script import (
+    add_training_arguments,
+    explain_mistakes,
+    finish,
+    make_accelerator,
+    publish,
+    start_trackers,
+    writable_folder,
+)
 
 
 def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
@@ -140,7 +148,7 @@ def main(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
     if args.num_workers is None:
         args.num_workers = max(0, len(os.sched_getaffinity(0)) // accelerator.num_processes - 1)
     set_seed(args.seed)
-    try:
+    with explain_mistakes("pathx.py"):
         if args.model_name_or_path:
             model = load_model(args.model_name_or_path, args.trust_remote_code)
         else:
@@ -153,8 +161,6 @@ def main(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
             report["training"] = {"finished": finished, "steps": trainer.global_step, "of": trainer.total}
         if finished and args.num_eval_samples:
             report["results"] = evaluate(args, accelerator, model)
-    except (ValueError, OSError) as error:  # a wrong argument or file: the message says which, a traceback hides it
-        raise SystemExit(f"pathx.py: {error}") from None
     return finish(report, args, accelerator, started)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from metrics.accuracy import accuracy_with_interval
 from tasks.pathx_figures import draw_sheet
+from tasks.script import compute_metric
 from tasks.training_loop import bar_interval
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -137,25 +138,16 @@ def evaluate_images(model, dataset, name, radius, key, args, accelerator):
     images, labels = torch.stack([item["image"] for item in items]), np.array([item["label"] for item in items])
     _write_predictions(path, key, chances, labels)
     chances = np.array(chances)
+    chosen = (chances > 0.5).astype(int)
     markers = find_markers(images, radius)
     distance = (markers[:, 0] - markers[:, 1]).double().norm(dim=1).numpy()
     draw_sheet(images, labels, chances, markers, radius, path.with_name(f"sheet_{name}.png"))
     return {
-        **score((chances > 0.5).astype(int), labels),
+        **compute_metric("accuracy", accuracy_with_interval, predictions=chosen, references=labels),
         "marker_distance_baseline": best_threshold_accuracy(distance, labels),
         "images_per_second": timed / seconds if seconds else None,
         "resumed_from": kept,
     }
-
-
-def score(predictions, labels):
-    """The local metric, through `evaluate` where that is installed."""
-    try:
-        import evaluate
-    except ImportError:
-        return accuracy_with_interval(predictions, labels)
-    metric = evaluate.load(str(Path(__file__).parents[1] / "metrics" / "accuracy.py"))
-    return metric.compute(predictions=predictions, references=labels)
 
 
 def _write_predictions(path, key, chances, labels=()):

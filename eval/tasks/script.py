@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the scripts begin and end: arguments of every training, the output folder, the accelerator, the report."""
 
+import contextlib
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from tasks.training_loop import SCHEDULES
 
 
@@ -20,7 +22,8 @@ def add_training_arguments(group, learning_rate, num_warmup_steps, weight_decay,
     add("--learning_rate", type=float, default=learning_rate)
     add("--weight_decay", type=float, default=weight_decay)
     add("--lr_scheduler_type", choices=SCHEDULES, default=lr_scheduler_type)
-    add("--num_warmup_steps", type=int, default=num_warmup_steps)
+    warmup = "a tenth of all" if num_warmup_steps is None else num_warmup_steps
+    add("--num_warmup_steps", type=int, default=num_warmup_steps, help=f"(default: {warmup})")
     add("--num_decay_steps", type=int, help="of warmup_stable_decay (default: a fifth of all steps)")
     add("--max_grad_norm", type=float, default=1.0)
     add("--max_train_minutes", type=float, help="stop this long after the start and save the state")
@@ -55,16 +58,49 @@ def make_accelerator(args, gradient_accumulation_steps=1):
     )
 
 
+@contextlib.contextmanager
+def explain_mistakes(script):
+    """Where a wrong argument, file or learning rate raises, end with the message alone: a traceback would hide it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"{script}: out of memory ({error}); lower the batch size or --max_batch_tokens, or take shorter inputs, "
+            "--gradient_checkpointing or a --block_sparse pattern where the script has them"
+        ) from None
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"{script}: {error}") from None
+
+
 def start_trackers(args, accelerator, name):
     if args.with_tracking:
         plain = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str)) and k != "hub_token"}
         accelerator.init_trackers(name, config=plain)
 
 
+def begin_run(accelerator, seed):
+    """Before each of several trainings: free what the one before held, seed, and let the memory's peak begin here.
+
+    A process on a CPU cannot forget its peak."""
+    accelerator.free_memory()
+    set_seed(seed)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+
+
 def peak_memory_mib(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def compute_metric(name, function, **inputs):
+    """metrics/<name>.py through `evaluate`, or `function`, the same arithmetic, where that is not installed."""
+    try:
+        import evaluate
+    except ImportError:
+        return function(**inputs)
+    return evaluate.load(str(Path(__file__).parents[1] / "metrics" / f"{name}.py")).compute(**inputs)
 
 
 def publish(args, accelerator, model, tokenizer=None):

@@ -56,7 +56,7 @@ class TrainingLoop:
         schedule = get_scheduler(
             args.lr_scheduler_type,
             self.optimizer,
-            args.num_warmup_steps,
+            total // 10 if args.num_warmup_steps is None else args.num_warmup_steps,
             total,
             extra if args.lr_scheduler_type == "warmup_stable_decay" else None,
         )
