@@ -69,7 +69,7 @@ def best_threshold(scores, references):
     values = f1(hits, said - hits, truth.sum() - hits)
     values[:-1][ranked[:-1] == ranked[1:]] = -1  # a threshold cannot lie between two equal scores
     best = int(values.argmax())
-    below = ranked[best + 1] if best + 1 < len(ranked) else 0.0
+    below = ranked[best + 1] if best + 1 < len(ranked) else -1.0
     return float((ranked[best] + below) / 2)
 
 

@@ -126,10 +126,7 @@ def tokenize(texts, tokenizer, max_tokens, show=False):
     options |= {"truncation": max_tokens is not None, "max_length": max_tokens, "verbose": False}
     for first in tqdm(range(0, len(texts), TOKENIZED_AT_ONCE), "tokenize", disable=not show, leave=False):
         batch = texts[first : first + TOKENIZED_AT_ONCE]
-        ids = tokenizer(batch, truncation=max_tokens is not None, max_length=max_tokens, verbose=False, **options)[
-            "input_ids"
-        ]
-        found += [np.asarray(row, np.int32) for row in ids]
+        found += [np.asarray(row, np.int32) for row in tokenizer(batch, **options)["input_ids"]]
     return found
 
 

@@ -7,6 +7,7 @@ A small model cannot afford the 30,522 or 50,257 rows of the usual ones: at widt
 from pathlib import Path
 
 import transformers
+from tasks.training_state import STATE_FILE
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -21,7 +22,8 @@ def _parts(texts, characters=100_000):
 
 
 def train_word_pieces(texts, vocab_size):
-    """Uncased BertTokenizer."""
+    """Uncased BertTokenizer. Not the same twice: the trainer numbers the pieces, and chooses among equally frequent
+    ones, as it likes."""
     core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     core.normalizer = normalizers.BertNormalizer(lowercase=True)
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -45,12 +47,24 @@ def train_byte_pairs(texts, vocab_size):
 
 def find_tokenizer(args, accelerator, texts, train):
     """The tokenizer of --tokenizer_name, else of the model, else one of --vocab_size tokens that `train` makes of the
-    texts. The last is kept in the output folder, where a resumed run finds it."""
+    texts. The last is kept in <output_dir>/tokenizer; a resumed run takes the one that it began with."""
     name = args.tokenizer_name or args.model_name_or_path
     if name is None:
-        name = str(Path(args.output_dir, "tokenizer"))
-        if accelerator.is_main_process and not Path(name).exists():
+        own = Path(args.output_dir, "tokenizer")
+        if args.resume_from_checkpoint:
+            before = Path(args.resume_from_checkpoint)
+            kept = [folder for folder in (before / "tokenizer", before.parent / "tokenizer") if folder.is_dir()]
+            if not kept:
+                raise ValueError(f"no tokenizer in {before}, where the run began; name it with --tokenizer_name")
+            own = kept[0]
+        elif any(own.parent.rglob(STATE_FILE)):
+            raise ValueError(
+                f"{own.parent} holds the training state of an earlier run, which a new tokenizer would make useless; go "
+                f"on with it (--resume_from_checkpoint {own.parent}) or choose another --output_dir"
+            )
+        elif accelerator.is_main_process:
             accelerator.print(f"training a tokenizer of {args.vocab_size:,} tokens")
-            train(texts, args.vocab_size).save_pretrained(name)
+            train(texts, args.vocab_size).save_pretrained(own)
         accelerator.wait_for_everyone()
+        name = str(own)
     return transformers.AutoTokenizer.from_pretrained(name)
