@@ -59,9 +59,10 @@ def parse_args(argv=None):
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--do_train", action="store_true")
-    add("--per_device_train_batch_size", type=int, default=16, help="documents a step and device")
+    add("--per_device_train_batch_size", type=int, default=8, help="documents a step and device")
     add("--num_train_epochs", type=float, default=5)
     add("--max_train_steps", type=int, help="instead of epochs")
+    add("--dropout", type=float, help="of hidden states and head in training (default: the model's)")
     add("--threshold_split", type=float, default=0.1, help="share of multi-label training data for the threshold")
     add_training_arguments(
         group,
@@ -75,8 +76,8 @@ def parse_args(argv=None):
     check_data_arguments(args, parser)
     if min(args.max_length) < 8 or args.per_device_train_batch_size < 1:
         parser.error("--max_length must be at least 8, --per_device_train_batch_size at least 1")
-    if not 0 < args.threshold_split < 1:
-        parser.error("--threshold_split must lie between 0 and 1")
+    if not 0 < args.threshold_split < 1 or not 0 <= (args.dropout or 0) < 1:
+        parser.error("--threshold_split must lie between 0 and 1, --dropout from 0 to below 1")
     if args.unpad and args.attn_implementation != "io_aware":
         parser.error(f"--unpad needs --attn_implementation io_aware: {args.attn_implementation} would mix documents")
     return args

@@ -3,8 +3,11 @@
 
 import json
 import lzma
+import os
 import random
 import signal
+import subprocess
+import sys
 
 import long_document
 import numpy as np
@@ -12,7 +15,8 @@ import pytest
 import torch
 from eval_case import assert_same_state, fresh_accelerate, last_json, save_tiny_bert, sentence, stop_at, weather  # noqa: F401
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import PushToHubMixin
 
 from flash_models import FlashBertForSequenceClassification
 
@@ -210,6 +214,33 @@ def test_memory_budget_packing_and_checkpointing_do_not_change_what_is_learned(d
         for key, value in gradients.items():
             tolerance = size * (1e-5 if device.type == "cpu" else 2e-2)
             torch.testing.assert_close(value, expected[key], rtol=0, atol=tolerance.item(), msg=f"{name} {key}")
+
+
+def test_two_processes_learn_what_one_does(bert, tmp_path):
+    file = write_csv(tmp_path / "train.csv", weather(24))
+    command = ["--train_file", file, "--max_length", 64, "--max_train_steps", 1, "--unpad", "--max_batch_tokens", 100]
+    train(bert, tmp_path / "one", *command)
+    script = [long_document.__file__, "--do_train", "--model_name_or_path", bert, "--output_dir", tmp_path / "two"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *script]
+    whole = [*launch, "--learning_rate", 5e-3, *command, "--per_device_train_batch_size", 4]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([str(part) for part in whole], env=environment, check=True, capture_output=True, timeout=120)
+    assert json.loads((tmp_path / "two" / "all_results.json").read_text())["num_processes"] == 2
+    expected = load_file(tmp_path / "one" / "checkpoint" / "exp_avg.safetensors")
+    size = max(value.abs().max() for value in expected.values())
+    for key, value in load_file(tmp_path / "two" / "checkpoint" / "exp_avg.safetensors").items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5 * size.item(), msg=key)
+
+
+def test_push_to_hub(bert, tmp_path, monkeypatch):
+    pushed = []
+    for owner in (PushToHubMixin, PreTrainedModel, PreTrainedTokenizerBase):
+        monkeypatch.setattr(owner, "push_to_hub", lambda part, name, token: pushed.append((part, name, token)))
+    file = write_csv(tmp_path / "train.csv", weather(10))
+    hub = ("--push_to_hub", "--hub_model_id", "me/mine", "--hub_token", "secret")
+    train(bert, tmp_path / "out", "--train_file", file, "--max_train_steps", 1, *hub)
+    assert [(name, token) for _, name, token in pushed] == [("me/mine", "secret")] * 2
+    assert not [file for file in (tmp_path / "out").glob("*.json") if "secret" in file.read_text()]
 
 
 def test_hub_dataset_with_class_labels(bert, tmp_path):

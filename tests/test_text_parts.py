@@ -83,10 +83,12 @@ def archive(path, members):
 
 def test_archives_are_read_in_memory(tmp_path, monkeypatch):
     members = [("books/b.txt", b"second"), ("../a.txt", b"first"), ("books/cover.png", b"x"), ("books/empty.txt", b" ")]
-    path = archive(tmp_path / "books.tar.xz", members)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = archive(tmp_path / "here" / "books.tar.xz", members)
     texts, problems = read_texts([path])
     assert texts == [("../a.txt", "first"), ("books/b.txt", "second")] and not problems
-    assert sorted(file.name for file in tmp_path.parent.rglob("*.txt")) == []
+    assert not list(tmp_path.rglob("*.txt"))
     with monkeypatch.context() as patch:
         patch.setattr("tasks.text_files.MAX_TEXT_BYTES", 5)
         with pytest.raises(ValueError, match="b.txt.*6 bytes; at most 5"):
@@ -121,6 +123,17 @@ def test_labels(tmp_path):
     rest, held = documents.split(0.01)
     assert sorted(rest.texts + held.texts) == ["a", "b", "c"] and len(held) == 1
     assert documents.split(0.01)[1].texts == held.texts
+
+
+def test_a_split_keeps_the_shares_of_the_classes(tmp_path):
+    rows = [{"text": f"{number}", "label": "rare" if number % 5 == 0 else "common"} for number in range(50)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    documents = read_documents(tmp_path / "x.jsonl")
+    rest, held = documents.split(0.2)
+    assert sorted(rest.texts + held.texts) == sorted(documents.texts)
+    assert sum(label == ["rare"] for label in held.labels) == 2 and len(held) == 10
+    with pytest.raises(ValueError, match="has 1 documents: too few"):
+        held.select([0]).split(0.5)
 
 
 def test_batches_stay_within_their_budget():

@@ -21,7 +21,14 @@ from tasks.text_files import tell_problems
 from tasks.text_model import load_model
 from tasks.text_training import TextTrainer
 
-EXACT = ("max_length", "per_device_train_batch_size", "num_train_epochs", "max_train_steps", "threshold_split")
+EXACT = (
+    "max_length",
+    "per_device_train_batch_size",
+    "num_train_epochs",
+    "max_train_steps",
+    "threshold_split",
+    "dropout",
+)
 
 
 class DocumentRuns:
@@ -59,6 +66,8 @@ class DocumentRuns:
                 "problem_type": MULTI_LABEL if self.train.multi_label else "single_label_classification",
                 "ignore_mismatched_sizes": True,  # of the head of a checkpoint with other labels
             }
+            if args.dropout is not None:
+                options["hidden_dropout_prob"] = options["classifier_dropout"] = args.dropout
         return load_model(
             args.model_name_or_path, "bert", "ForSequenceClassification", args, args.max_length, **options
         )

@@ -39,12 +39,14 @@ class Documents:
         return Documents(self.source, *parts, self.multi_label, self.problems, tokens)
 
     def split(self, share):
-        """(the rest, `share` of the documents but at least one), the same two sets whatever the training's seed."""
-        order = np.random.default_rng(0).permutation(len(self))
-        cut = len(self) - max(1, round(share * len(self)))
-        if cut < 1:
+        """(the rest, `share` of the documents but at least one), each with its part of every combination of labels, and
+        the same whatever the training's seed."""
+        order = sorted(np.random.default_rng(0).permutation(len(self)), key=lambda place: sorted(self.labels[place]))
+        count = max(1, round(share * len(self)))
+        if count >= len(self):
             raise ValueError(f"{self.source} has {len(self)} documents: too few to hold {share:.0%} of them out")
-        return self.select(sorted(order[:cut])), self.select(sorted(order[cut:]))
+        held = {order[int((number + 0.5) * len(self) / count)] for number in range(count)}
+        return self.select(sorted(set(order) - held)), self.select(sorted(held))
 
 
 def _label_names(value):

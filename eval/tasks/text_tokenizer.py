@@ -59,7 +59,7 @@ def find_tokenizer(args, accelerator, texts, train):
             own = kept[0]
         elif any(own.parent.rglob(STATE_FILE)):
             raise ValueError(
-                f"{own.parent} holds the training state of an earlier run, which a new tokenizer would make useless; go "
+                f"{own.parent} holds the training state of an earlier run, that a new tokenizer would spoil; go "
                 f"on with it (--resume_from_checkpoint {own.parent}) or choose another --output_dir"
             )
         elif accelerator.is_main_process:
