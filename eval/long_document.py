@@ -71,6 +71,7 @@ def parse_args(argv=None):
         weight_decay=0.01,
         lr_scheduler_type="linear",
         logging_steps=20,
+        checkpointing_steps=500,
     )
     args = parser.parse_args(argv)
     check_data_arguments(args, parser)
@@ -144,13 +145,15 @@ def main(argv=None):
         runs = plan_runs(args)
         documents = DocumentRuns(args, accelerator, *load_data(args))
         finished = run_all(runs, args, started, documents.run, accelerator.is_main_process)
+        several = finished and len(runs) > 1 and accelerator.is_main_process
+        table = summarize(runs, args) if several else None
     report = {"task": "long-document", "model": args.model_name_or_path if not args.do_train else args.output_dir}
     if args.do_train:
         report["training"] = {"finished": finished, "start": args.model_name_or_path}
     report["block_sparse"], report["attn_implementation"] = args.block_sparse, args.attn_implementation
     report["results"] = {run.name: run.result for run in runs if run.result is not None}
-    if finished and len(runs) > 1 and accelerator.is_main_process:
-        report["table"] = summarize(runs, args)
+    if table:
+        report["table"] = table
     return finish(report, args, accelerator, started)
 
 

@@ -55,7 +55,13 @@ def parse_args(argv=None):
     add("--num_train_epochs", type=float, default=1)
     add("--max_train_steps", type=int, help="instead of epochs")
     add_training_arguments(
-        group, learning_rate=1e-3, num_warmup_steps=None, weight_decay=0.1, lr_scheduler_type="cosine", logging_steps=20
+        group,
+        learning_rate=1e-3,
+        num_warmup_steps=None,
+        weight_decay=0.1,
+        lr_scheduler_type="cosine",
+        logging_steps=20,
+        checkpointing_steps=500,
     )
     args = parser.parse_args(argv)
     if not args.model_name_or_path and not (args.do_train and args.config_name):
@@ -102,12 +108,14 @@ def main(argv=None):
     with explain_mistakes("perplexity.py"):
         runs = plan_runs(args)
         finished = run_all(runs, args, started, ContextRuns(args, accelerator).run, accelerator.is_main_process)
+        several = finished and len(runs) > 1 and accelerator.is_main_process
+        table = summarize(runs, args) if several else None
     report = {"task": "language-modelling", "model": args.output_dir if args.do_train else args.model_name_or_path}
     if args.do_train:
         report["training"] = {"finished": finished, "start": args.model_name_or_path or args.config_name}
     report["results"] = {run.name: run.result for run in runs if run.result is not None}
-    if finished and len(runs) > 1 and accelerator.is_main_process:
-        report["table"] = summarize(runs, args)
+    if table:
+        report["table"] = table
     return finish(report, args, accelerator, started)
 
 

@@ -69,6 +69,7 @@ def parse_args(argv=None):
         weight_decay=0.01,
         lr_scheduler_type="linear",
         logging_steps=20,
+        checkpointing_steps=500,
     )
     args = parser.parse_args(argv)
     if not args.model_name_or_path and not (args.do_train and args.config_name):

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from eval_case import WORDS, assert_same_state, fresh_accelerate, last_json, stop_at  # noqa: F401
 from tasks.language_modelling import TokenBlocks, bits_per_byte, score_tokens, windows
 from tasks.text_tokenizer import train_byte_pairs
+from tasks.training_loop import TrainingLoop
 from tiny_models import MODELS, working_dtype
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -148,6 +149,32 @@ def test_a_stopped_run_resumes_exactly(device, config, books, tmp_path, monkeypa
     resumed = train(config, books, tmp_path / "parts", *options, "--resume_from_checkpoint", tmp_path / "parts")
     assert_same_state(tmp_path / "parts", tmp_path / "whole", device)
     assert resumed["results"]["32"]["perplexity"] == pytest.approx(whole["results"]["32"]["perplexity"], rel=1e-2)
+
+
+def test_a_killed_run_goes_on_from_its_last_state(device, config, books, tmp_path, monkeypatch):
+    options = ("--max_length", 32, "--max_train_steps", 6, "--checkpointing_steps", 2)
+    train(config, books, tmp_path / "whole", *options)
+
+    def begin_and_die(trainer, begin=TrainingLoop._begin_step):
+        begin(trainer)
+        if trainer.global_step == 3:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(TrainingLoop, "_begin_step", begin_and_die)
+        train(config, books, tmp_path / "parts", *options)
+    resume = ("--resume_from_checkpoint", tmp_path / "parts")
+    resumed = train(config, books, tmp_path / "parts", *options, *resume)
+    assert resumed["training"]["finished"]
+    assert_same_state(tmp_path / "parts", tmp_path / "whole", device)
+    log = [json.loads(line) for line in (tmp_path / "parts" / "train_log.jsonl").read_text().splitlines()]
+    assert [line["global_step"] for line in log] == [2, 4, 6]
+    # done is done, also for somebody with another memory and other folders
+    moved = tmp_path / "moved" / books.name
+    moved.parent.mkdir()
+    moved.symlink_to(books)
+    again = train(config, moved, tmp_path / "parts", *options, *resume, "--max_batch_tokens", 64)
+    assert again["results"] == resumed["results"]
 
 
 def test_a_vanilla_gpt2_is_fine_tuned_longer_than_it_was(device, books, tmp_path):

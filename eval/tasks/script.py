@@ -16,7 +16,9 @@ from accelerate.utils import set_seed
 from tasks.training_loop import SCHEDULES
 
 
-def add_training_arguments(group, learning_rate, num_warmup_steps, weight_decay, lr_scheduler_type, logging_steps):
+def add_training_arguments(
+    group, learning_rate, num_warmup_steps, weight_decay, lr_scheduler_type, logging_steps, checkpointing_steps=None
+):
     """The arguments that `tasks.training_loop` and `publish` read, with the defaults of a task."""
     add = group.add_argument
     add("--learning_rate", type=float, default=learning_rate)
@@ -29,7 +31,7 @@ def add_training_arguments(group, learning_rate, num_warmup_steps, weight_decay,
     add("--max_train_minutes", type=float, help="stop this long after the start and save the state")
     add("--resume_from_checkpoint", help="output folder (or its checkpoint folder) of an earlier run: continue exactly")
     add("--logging_steps", type=int, default=logging_steps)
-    add("--checkpointing_steps", type=int, help="also save the state every so many steps")
+    add("--checkpointing_steps", type=int, default=checkpointing_steps, help="also save the state every so many steps")
     add("--with_tracking", action="store_true")
     add("--report_to", default="tensorboard")
     add("--push_to_hub", action="store_true")

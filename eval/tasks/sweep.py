@@ -15,8 +15,9 @@ from tasks.training_state import STATE_FILE, StateError, find_state
 # arguments that change neither data nor weights nor scores of a run
 NEUTRAL = {
     *("output_dir", "resume_from_checkpoint", "max_train_minutes", "logging_steps", "checkpointing_steps"),
-    *("with_tracking", "report_to", "push_to_hub", "hub_model_id", "hub_token", "do_train"),
+    *("with_tracking", "report_to", "push_to_hub", "hub_model_id", "hub_token", "do_train", "max_batch_tokens"),
 }
+PATHS = {"model_name_or_path", "config_name", "tokenizer_name", "train_file", "validation_file", "dataset_name"}
 
 
 @dataclasses.dataclass
@@ -34,7 +35,14 @@ class Run:
         return Path(self.args.output_dir)
 
     def _arguments(self):
-        return {key: value for key, value in vars(self.args).items() if key not in NEUTRAL}
+        """What the result depends on. Of paths the last part: the data may lie elsewhere when the run goes on."""
+        kept = {key: value for key, value in vars(self.args).items() if key not in NEUTRAL}
+        for key in PATHS & kept.keys():
+            if isinstance(kept[key], str):
+                kept[key] = Path(kept[key]).name
+            elif kept[key]:
+                kept[key] = [Path(path).name for path in kept[key]]
+        return kept
 
     def keep(self, result):
         """Write the result beside what was trained."""

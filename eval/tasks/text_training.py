@@ -33,11 +33,12 @@ class TextTrainer(TrainingLoop):
         super().__init__(args, accelerator, module, total)
         self._start()
         self.parallel, self.prepared = accelerator.prepare(module, self.optimizer)
-        self.speed = None  # tokens per second over all processes, of this run of the script
+        self.all_tokens = 0  # that this process has seen since it began
+        self.speed = None  # tokens per second over all processes, since they began
 
     def run(self):
-        args, begun, tokens = self.args, None, 0
-        first = self.global_step
+        args, first = self.args, self.global_step
+        begun = before = None
         self.module.train()
         self._reset_log()
         with self._catching_signals():
@@ -48,7 +49,7 @@ class TextTrainer(TrainingLoop):
                 self.bar.update()
                 if self.global_step == first + WARM_UP:
                     self._wait()
-                    begun, tokens = time.monotonic(), -self.all_tokens
+                    begun, before = time.monotonic(), self.all_tokens
                 if self.global_step % args.logging_steps == 0 or self.global_step == self.total:
                     self._log()
                 if self.global_step == self.total:
@@ -59,7 +60,7 @@ class TextTrainer(TrainingLoop):
                     break
             self._wait()
             if begun is not None and self.global_step > first + WARM_UP:
-                mine = torch.tensor(float(tokens + self.all_tokens), device=self.accelerator.device)
+                mine = torch.tensor(float(self.all_tokens - before), device=self.accelerator.device)
                 self.speed = self.accelerator.reduce(mine, "sum").item() / (time.monotonic() - begun)
             if self.global_step > first:
                 self._save()
@@ -86,8 +87,6 @@ class TextTrainer(TrainingLoop):
     def _wait(self):
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-
-    all_tokens = 0
 
     def _reset_log(self):
         self.losses = torch.zeros((), device=self.accelerator.device)

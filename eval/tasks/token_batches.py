@@ -67,4 +67,6 @@ def pack(sequences):
 
 
 def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors on `device`. From pinned memory, so that the CPU does not wait for a GPU."""
+    pinned = {k: v.pin_memory() if device.type == "cuda" and torch.is_tensor(v) else v for k, v in batch.items()}
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in pinned.items()}
