@@ -140,6 +140,10 @@ def test_wrong_arguments_and_models(bert, tmp_path):
         (tmp_path / "other" / name).write_bytes((bert / name).read_bytes())
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}))
     assert "is a roberta; expected bert" in refusal(tmp_path / "other", tmp_path / "out", "--train_file", file)
+    with pytest.raises(SystemExit, match="no trained classifier"):
+        long_document.main(
+            ["--model_name_or_path", str(bert), "--validation_file", str(file), "--output_dir", str(tmp_path)]
+        )
     for arguments in (("--unpad", "--attn_implementation", "sdpa"), ("--push_to_hub",), ("--max_length", "512,x")):
         assert refusal(bert, tmp_path / "out", "--train_file", file, *arguments) == "2"
 

@@ -8,12 +8,13 @@ import lzma
 import tarfile
 from pathlib import Path
 
+import datasets
 import evaluate
 import numpy as np
 import pytest
 from metrics.multilabel_f1 import bootstrap_weights, document_counts, f1, f1_with_interval
 from tasks.document_model import best_threshold, decide
-from tasks.documents import label_matrix, label_set, read_documents
+from tasks.documents import label_matrix, label_set, load_documents, read_documents
 from tasks.sweep import number_list
 from tasks.text_files import read_rows, read_texts, tell_problems
 from tasks.token_batches import group_by_length, pack, pad, step_indices
@@ -134,6 +135,16 @@ def test_a_split_keeps_the_shares_of_the_classes(tmp_path):
     assert sum(label == ["rare"] for label in held.labels) == 2 and len(held) == 10
     with pytest.raises(ValueError, match="has 1 documents: too few"):
         held.select([0]).split(0.5)
+
+
+def test_class_numbers_of_a_dataset(tmp_path):
+    labels = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": labels})
+    data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, -1, 0]}, features=features)
+    data.to_parquet(tmp_path / "test.parquet")
+    documents = load_documents(str(tmp_path), None, "test")
+    assert documents.labels == [["yes"], ["no"]] and "test row 2: column 'label' holds None" in documents.problems[0]
+    assert load_documents(str(tmp_path), None, "train") is None
 
 
 def test_batches_stay_within_their_budget():

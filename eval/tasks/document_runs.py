@@ -68,9 +68,12 @@ class DocumentRuns:
             }
             if args.dropout is not None:
                 options["hidden_dropout_prob"] = options["classifier_dropout"] = args.dropout
-        return load_model(
-            args.model_name_or_path, "bert", "ForSequenceClassification", args, args.max_length, **options
-        )
+        else:
+            trained = transformers.AutoConfig.from_pretrained(args.model_name_or_path).architectures or [""]
+            if not trained[0].endswith("ForSequenceClassification"):
+                raise ValueError(f"{args.model_name_or_path} has no trained classifier; make one with --do_train")
+        start = args.model_name_or_path
+        return load_model(start, "bert", "ForSequenceClassification", args, args.max_length, **options)
 
     def run(self, run):
         """The result of one Run, or None where it was stopped."""

@@ -110,6 +110,11 @@ def read_rows(path):
     return rows
 
 
+def _name(names, number):
+    """The class's name; None for the missing number, or -1, of a test set without labels."""
+    return None if number is None or number < 0 else names[number]
+
+
 def read_dataset(name, config, split):
     """Rows of a split of a Hub dataset (or of a folder that `datasets` can load), class numbers as their names.
 
@@ -129,7 +134,7 @@ def read_dataset(name, config, split):
     for number, row in enumerate(data, 1):
         for column, known in names.items():
             value = row[column]
-            row[column] = [known[item] for item in value] if isinstance(value, list) else known[value]
+            row[column] = [known[item] for item in value] if isinstance(value, list) else _name(known, value)
         rows.append((f"{name}, {split} row {number}", row))
     return rows
 
