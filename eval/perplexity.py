@@ -54,6 +54,7 @@ def parse_args(argv=None):
     add("--tokens_per_step", type=int, default=65_536, help="over all processes")
     add("--num_train_epochs", type=float, default=1)
     add("--max_train_steps", type=int, help="instead of epochs")
+    add("--short_steps", type=int, default=0, help="first steps in rows of the shortest --max_length, at every length")
     add_training_arguments(
         group,
         learning_rate=1e-3,

@@ -109,6 +109,12 @@ def test_every_context_length_trains_on_the_same_tokens_of_a_step():
             targets = torch.cat([batch["targets"].flatten() for batch in batches])
             assert len(targets) == 256 and sum(batch["num_tokens"] for batch in batches) == 256
             assert seen.setdefault(step, sorted(targets.tolist())) == sorted(targets.tolist())
+    short = TokenBlocks(tokens, 128, 128, 256, max_batch_tokens=64, seed=0, short=16, short_steps=3)
+    for step, length in ((0, 16), (2, 16), (3, 128)):
+        batches = short(step, 0, 1)
+        assert {batch["input_ids"].shape[1] for batch in batches} == {length}
+        assert sum(batch["share"] * batch["targets"].numel() for batch in batches) == pytest.approx(1)
+        assert sorted(torch.cat([batch["targets"].flatten() for batch in batches]).tolist()) == seen[step]
     firsts = {steps[0] % 128 for steps in seen.values()}
     assert len(firsts) > 1  # the cuts move from epoch to epoch
     for block, context, message in ((128, 48, "divide"), (512, 64, "at least 1,025")):

@@ -14,7 +14,7 @@ from tasks.text_model import load_model, new_config
 from tasks.text_tokenizer import find_tokenizer, train_byte_pairs
 from tasks.text_training import TextTrainer
 
-EXACT = ("max_length", "tokens_per_step", "num_train_epochs", "max_train_steps")
+EXACT = ("max_length", "tokens_per_step", "num_train_epochs", "max_train_steps", "short_steps")
 
 
 class ContextRuns:
@@ -58,8 +58,8 @@ class ContextRuns:
 
     def fit(self, model, args):
         """Facts about the training, or None where it was stopped."""
-        lengths = max(self.args.max_length), args.max_length
-        blocks = TokenBlocks(self.tokens, *lengths, args.tokens_per_step, args.max_batch_tokens, args.seed)
+        lengths, short = (max(self.args.max_length), args.max_length), (min(self.args.max_length), args.short_steps)
+        blocks = TokenBlocks(self.tokens, *lengths, args.tokens_per_step, args.max_batch_tokens, args.seed, *short)
         steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(self.tokens) / args.tokens_per_step)
         trainer = TextTrainer(args, self.accelerator, CausalLoss(model), steps, blocks, EXACT)
         if not trainer.run():

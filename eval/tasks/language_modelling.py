@@ -2,7 +2,8 @@
 """Causal language modelling at several context lengths: the same training tokens, the same scored tokens for each.
 
 Training text is one row of tokens, documents parted by the end-of-text token. A step takes the same blocks of it at
-every context length and cuts them into rows of that length, so what differs is only how far back a token may look.
+every context length and cuts them into rows of that length, so what differs is only how far back a token may look. The
+first steps may cut into rows of the shortest length whatever the context: a new model learns faster from these.
 Evaluation slides a window over each held-out document: every token is scored once, with at least (context length -
 stride) tokens before it where the document has so many.
 """
@@ -34,15 +35,17 @@ class CausalLoss(nn.Module):
 
 
 class TokenBlocks:
-    """Micro-batches of one row of tokens, int32 (n,). `block` tokens are cut into rows of `context` of them; each epoch
-    begins at another place of the text, so that the cuts move."""
+    """Micro-batches of one row of tokens, int32 (n,). `block` tokens are cut into rows of `context` of them, in the
+    first `short_steps` steps of `short`; each epoch begins at another place of the text, so that the cuts move."""
 
-    def __init__(self, tokens, block, context, tokens_per_step, max_batch_tokens, seed):
-        if block % context:
-            raise ValueError(f"{context} tokens of context do not divide the longest, {block}; use powers of two")
+    def __init__(self, tokens, block, context, tokens_per_step, max_batch_tokens, seed, short=None, short_steps=0):
+        for length in (context, short or context):
+            if block % length:
+                raise ValueError(f"{length} tokens of context do not divide the longest, {block}; use powers of two")
         self.tokens, self.block, self.context, self.seed = tokens, block, context, seed
+        self.short, self.short_steps = short, short_steps
         self.blocks_per_step = tokens_per_step // block
-        self.rows_at_once = max(1, max_batch_tokens // context)
+        self.max_batch_tokens = max_batch_tokens
         # one block less, so that there is room to move, and one token less, because the last has no successor
         self.count = (len(tokens) - 1) // block - 1
         if self.count < 1:
@@ -56,17 +59,17 @@ class TokenBlocks:
         indices = step_indices(self.count, step, self.blocks_per_step, self.seed)
         if len(indices) % world:
             raise ValueError(f"{len(indices)} blocks a step do not divide among {world} processes")
-        rows = []
+        rows, length = [], self.short if step < self.short_steps else self.context
         for number in range(rank, len(indices), world):
             epoch = (step * self.blocks_per_step + number) // self.count
             shift = int(np.random.default_rng((self.seed, epoch, 1)).integers(self.block))
             start = shift + indices[number] * self.block
-            rows += [self.tokens[at : at + self.context + 1] for at in range(start, start + self.block, self.context)]
+            rows += [self.tokens[at : at + length + 1] for at in range(start, start + self.block, length)]
         rows = torch.from_numpy(np.stack(rows).astype(np.int64))
-        share = 1 / (len(rows) * self.context)
+        share = 1 / (len(rows) * length)
         return [
-            {"input_ids": part[:, :-1], "targets": part[:, 1:], "share": share, "num_tokens": len(part) * self.context}
-            for part in rows.split(self.rows_at_once)
+            {"input_ids": part[:, :-1], "targets": part[:, 1:], "share": share, "num_tokens": len(part) * length}
+            for part in rows.split(max(1, self.max_batch_tokens // length))
         ]
 
 
