@@ -27,5 +27,5 @@ python3 -m accelerate.commands.launch --num_processes "${PROCESSES:-1}" --num_ma
     --dynamo_backend no eval/long_document.py --do_train --output_dir "$output" \
     --model_name_or_path "${START:-model_cards/bert-mini-16k-flash}" --train_file "$TRAIN" --validation_file "$DEV" \
     --max_length "${LENGTHS:-16384}" --seed "${SEEDS:-0}" --unpad --max_batch_tokens "${BATCH_TOKENS:-131072}" \
-    --per_device_train_batch_size 16 --num_train_epochs "${EPOCHS:-10}" --learning_rate "${LEARNING_RATE:-2e-4}" \
+    --per_device_train_batch_size 16 --num_train_epochs "${EPOCHS:-10}" --learning_rate "${LEARNING_RATE:-5e-4}" \
     --extend_method "${EXTEND:-interpolate}" --dropout 0.1 --threshold_split 0.1 --logging_steps 100 --checkpointing_steps 1000 "${options[@]}"
