@@ -13,24 +13,27 @@ extra supervision (--curve_loss_weight 0 turns that off). The last line of stdou
 """
 
 import argparse
-import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
-import transformers
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tasks.pathfinder import PathfinderDataset, PathfinderSpec
 from tasks.pathx_curriculum import DEFAULT_CURRICULUM, parse_curriculum
-from tasks.pathx_evaluation import GivenImages, evaluate_images, peak_memory_mib
+from tasks.pathx_evaluation import GivenImages, evaluate_images
 from tasks.pathx_figures import plot_log
 from tasks.pathx_model import check_fits, compile_layers, create_model, load_model
 from tasks.pathx_training import Trainer
-
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "warmup_stable_decay")
+from tasks.script import (
+    add_training_arguments,
+    explain_mistakes,
+    finish,
+    make_accelerator,
+    publish,
+    start_trackers,
+    writable_folder,
+)
 
 
 def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
@@ -62,29 +65,22 @@ def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
     )
     add("--per_device_train_batch_size", type=int, default=32, help="where a stage names none")
     add("--gradient_accumulation_steps", type=int, default=1)
-    add("--learning_rate", type=float, default=7e-4)
-    add("--weight_decay", type=float, default=0.05)
-    add("--lr_scheduler_type", choices=SCHEDULES, default="warmup_stable_decay")
-    add("--num_warmup_steps", type=int, default=200)
-    add("--num_decay_steps", type=int, help="of warmup_stable_decay (default: a fifth of all steps)")
-    add("--max_grad_norm", type=float, default=1.0)
     add("--ema_decay", type=float, default=0.999, help="of the averaged weights that are evaluated and saved")
     add("--curve_loss_weight", type=float, default=1.0, help="of the per-pixel loss on marked curves; 0: labels only")
     add("--curve_loss_weight_end", type=float, default=0.3, help="the weight falls linearly to this")
     add("--curve_loss_layers", default="half", help="half (every layer from the middle on), last, or such as 4,6,8")
     add("--contrast_jitter", type=float, default=0.2, help="contrast factor 1 +- this, with the 8 symmetries")
     add("--data_echo", type=int, default=1, help="times an image is used on average, if generating is slow")
-    add("--max_train_minutes", type=float, help="stop this long after the start and save the state")
-    add("--resume_from_checkpoint", help="output folder (or its checkpoint folder) of an earlier run: continue exactly")
-    add("--logging_steps", type=int, default=50)
     add("--eval_steps", type=int, default=500, help="steps between short validations; also at each stage's end")
     add("--num_validation_samples", type=int, default=512)
-    add("--checkpointing_steps", type=int, help="also save the state every so many steps")
-    add("--with_tracking", action="store_true")
-    add("--report_to", default="tensorboard")
-    add("--push_to_hub", action="store_true")
-    add("--hub_model_id")
-    add("--hub_token")
+    add_training_arguments(
+        group,
+        learning_rate=7e-4,
+        num_warmup_steps=200,
+        weight_decay=0.05,
+        lr_scheduler_type="cosine",
+        logging_steps=50,
+    )
     args = parser.parse_args(argv)
     args.preset = preset
     if not args.do_train and not args.model_name_or_path:
@@ -104,22 +100,10 @@ def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
     return args
 
 
-def writable_folder(path):
-    """Create it; raises SystemExit where that is refused."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"cannot create --output_dir {path}: {error}") from None
-    if not os.access(path, os.W_OK):
-        raise SystemExit(f"cannot write into --output_dir {path}; choose another or change its permissions")
-
-
 def train(args, accelerator, model):
     """Returns (model to keep, finished). Saves the checkpoint when the curriculum is complete."""
     stages = parse_curriculum(args.curriculum)
-    if args.with_tracking:
-        plain = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str)) and k != "hub_token"}
-        accelerator.init_trackers("pathx", config=plain)
+    start_trackers(args, accelerator, "pathx")
     trainer = Trainer(args, accelerator, model, stages)
     if trainer.tracer.curve_layers:
         layers = trainer.tracer.curve_layers
@@ -129,10 +113,7 @@ def train(args, accelerator, model):
         plot_log(Path(args.output_dir) / "train_log.jsonl")
     if finished:
         kept = trainer.ema.to(torch.bfloat16)  # on every process, so that all evaluate what is saved
-        if accelerator.is_main_process:
-            kept.save_pretrained(args.output_dir)
-            if args.push_to_hub:
-                kept.push_to_hub(args.hub_model_id, token=args.hub_token)
+        publish(args, accelerator, kept)
     return trainer, finished
 
 
@@ -163,17 +144,11 @@ def main(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
     started = time.monotonic()
     args = parse_args(argv, preset, curriculum)
     writable_folder(args.output_dir)
-    on_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "") not in ("1", "true", "yes")
-    accelerator = Accelerator(
-        mixed_precision="bf16" if on_cuda else "no",
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to if args.with_tracking else None,
-        project_dir=args.output_dir,
-    )
+    accelerator = make_accelerator(args, args.gradient_accumulation_steps)
     if args.num_workers is None:
         args.num_workers = max(0, len(os.sched_getaffinity(0)) // accelerator.num_processes - 1)
     set_seed(args.seed)
-    try:
+    with explain_mistakes("pathx.py"):
         if args.model_name_or_path:
             model = load_model(args.model_name_or_path, args.trust_remote_code)
         else:
@@ -186,21 +161,7 @@ def main(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
             report["training"] = {"finished": finished, "steps": trainer.global_step, "of": trainer.total}
         if finished and args.num_eval_samples:
             report["results"] = evaluate(args, accelerator, model)
-    except (ValueError, OSError) as error:  # a wrong argument or file: the message says which, a traceback hides it
-        raise SystemExit(f"pathx.py: {error}") from None
-    report["device"] = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
-    report["num_processes"] = accelerator.num_processes
-    report["dtype"] = {"bf16": "bfloat16"}.get(accelerator.mixed_precision, "float32")
-    report["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    report["peak_memory_mib"] = round(peak_memory_mib(accelerator.device))
-    report["seconds"] = round(time.monotonic() - started, 1)
-    if accelerator.is_main_process:
-        (Path(args.output_dir) / "all_results.json").write_text(json.dumps(report, indent=1) + "\n")
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        sys.stderr.flush()
-        print(json.dumps(report), flush=True)
-    return report
+    return finish(report, args, accelerator, started)
 
 
 if __name__ == "__main__":

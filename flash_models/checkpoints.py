@@ -111,7 +111,7 @@ def _table(report, scored, source):
     for key, result in scored.items():
         for metric in (metric for metric in METRICS if metric in result):
             low, high = result.get("ci95") or (None, None)
-            interval = f"{low:.4f} to {high:.4f}" if metric == "accuracy" and low is not None else ""
+            interval = f"{low:.4f} to {high:.4f}" if low is not None else ""
             data = f"{key}, {result['source']}" if result.get("source") else key
             samples = result.get("num_samples", "")
             lines.append(f"| {data} | {METRICS[metric]} | {result[metric]:.4f} | {interval} | {samples} |")

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared fixtures. Every test that takes `device` runs on CPU and, where there is a GPU, unchanged on CUDA."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from attention_case import DTYPES
+
+# the scripts and what they import: `import pathx`, `from tasks import ...`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

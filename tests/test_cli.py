@@ -129,6 +129,16 @@ def test_card_takes_its_scores_from_the_file(tmp_path):
     assert ModelCard.load(folder / "README.md").content == card.content
 
 
+@pytest.mark.parametrize("metric, name, value", [("f1", "F1", 0.7), ("perplexity", "Perplexity", 20.5)])
+def test_card_shows_the_interval_of_any_score(bert, tmp_path, metric, name, value):
+    score = {"source": "dev", metric: value, "ci95": [value - 0.25, value + 0.25], "num_samples": 9}
+    report = {"task": "long-document", "model": "bert", "results": {"8192": score}}
+    (tmp_path / "all_results.json").write_text(json.dumps(report))
+    main(["card", str(bert), "--results", str(tmp_path / "all_results.json"), "--license", "mit"])
+    row = f"| 8192, dev | {name} | {value:.4f} | {value - 0.25:.4f} to {value + 0.25:.4f} | 9 |"
+    assert row in ModelCard.load(bert / "README.md").text
+
+
 def test_card_refuses(tmp_path):
     folder = pathx(tmp_path / "mine")
     assert "licence of mine is not known" in refusal("card", folder)

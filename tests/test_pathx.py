@@ -2,26 +2,18 @@
 """eval/pathx.py as a whole: exact resume, damaged states, evaluation and its JSON. Small canvases, a tiny model."""
 
 import json
-import os
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 import numpy as np
+import pathx
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from eval_case import assert_same_state, fresh_accelerate, stop_at  # noqa: F401
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "eval"))
-
-import pathx  # noqa: E402
-from tasks.pathfinder import PathfinderSpec, generate_batch  # noqa: E402
-from tasks.pathx_model import check_fits, create_model  # noqa: E402
-from tasks.pathx_state import StateError, find_state, load_state  # noqa: E402
-from tasks.pathx_training import Trainer  # noqa: E402
+from tasks.pathfinder import PathfinderSpec, generate_batch
+from tasks.pathx_model import check_fits, create_model
+from tasks.training_state import StateError, find_state, load_state
 
 TINY = {
     "vocab_size": 320,
@@ -36,15 +28,6 @@ TINY = {
     "rotary_max_wavelength": 256.0,
     "block_sparse": {"pattern": "grid_2d", "radius": 1, "block_size": 64},
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(request, monkeypatch):
-    """accelerate remembers the first device it was asked for."""
-    if "device" in request.fixturenames and request.getfixturevalue("device").type == "cpu":
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
@@ -72,21 +55,8 @@ def images_file(tmp_path):
     return path
 
 
-def stop_at(monkeypatch, step):
-    """SIGTERM while global step `step` is under way."""
-    update = Trainer._update_ema
-
-    def update_and_kill(self):
-        update(self)
-        if self.global_step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, "_update_ema", update_and_kill)
-
-
 def test_resume_is_exact(device, config, tmp_path, monkeypatch):
     assert train(config, tmp_path / "whole")["training"] == {"finished": True, "steps": 7, "of": 7}
-    tolerance = 0 if device.type == "cpu" else 5e-3  # CUDA adds gradients in any order
     for step in (2, 4, 6):  # inside a stage, at its end, in the last one
         parts = tmp_path / f"stopped_at_{step}"
         with monkeypatch.context() as patch:
@@ -94,10 +64,7 @@ def test_resume_is_exact(device, config, tmp_path, monkeypatch):
             assert train(config, parts)["training"] == {"finished": False, "steps": step, "of": 7}
         assert not (parts / "model.safetensors").exists()
         train(config, parts, "--resume_from_checkpoint", parts)
-        for name in ("model", "ema", "exp_avg", "exp_avg_sq"):
-            expected = load_file(tmp_path / "whole" / "checkpoint" / f"{name}.safetensors")
-            for key, value in load_file(parts / "checkpoint" / f"{name}.safetensors").items():
-                torch.testing.assert_close(value, expected[key], rtol=0, atol=tolerance, msg=f"{step} {name} {key}")
+        assert_same_state(parts, tmp_path / "whole", device, ("model", "ema", "exp_avg", "exp_avg_sq"))
 
 
 def test_training_saves_a_plain_checkpoint_and_its_course(device, config, tmp_path):

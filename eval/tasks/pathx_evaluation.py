@@ -3,8 +3,6 @@
 
 import hashlib
 import os
-import resource
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -13,6 +11,8 @@ import numpy as np
 import torch
 from metrics.accuracy import accuracy_with_interval
 from tasks.pathx_figures import draw_sheet
+from tasks.script import compute_metric
+from tasks.training_loop import bar_interval
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
@@ -87,12 +87,6 @@ def best_threshold_accuracy(values, labels):
     return float(max(above[cuts].max(), len(ordered) - above[cuts].min()) / len(ordered))
 
 
-def peak_memory_mib(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def fingerprint(model, key):
     """Hash of the weights and of the name of the images: predictions of another model or set are never taken over."""
     digest = hashlib.sha256(key.encode())
@@ -144,30 +138,16 @@ def evaluate_images(model, dataset, name, radius, key, args, accelerator):
     images, labels = torch.stack([item["image"] for item in items]), np.array([item["label"] for item in items])
     _write_predictions(path, key, chances, labels)
     chances = np.array(chances)
+    chosen = (chances > 0.5).astype(int)
     markers = find_markers(images, radius)
     distance = (markers[:, 0] - markers[:, 1]).double().norm(dim=1).numpy()
     draw_sheet(images, labels, chances, markers, radius, path.with_name(f"sheet_{name}.png"))
     return {
-        **score((chances > 0.5).astype(int), labels),
+        **compute_metric("accuracy", accuracy_with_interval, predictions=chosen, references=labels),
         "marker_distance_baseline": best_threshold_accuracy(distance, labels),
         "images_per_second": timed / seconds if seconds else None,
         "resumed_from": kept,
     }
-
-
-def bar_interval():
-    """Seconds between two updates of a progress bar: rare where stderr is a file."""
-    return 1 if sys.stderr.isatty() else 30
-
-
-def score(predictions, labels):
-    """The local metric, through `evaluate` where that is installed."""
-    try:
-        import evaluate
-    except ImportError:
-        return accuracy_with_interval(predictions, labels)
-    metric = evaluate.load(str(Path(__file__).parents[1] / "metrics" / "accuracy.py"))
-    return metric.compute(predictions=predictions, references=labels)
 
 
 def _write_predictions(path, key, chances, labels=()):

@@ -2,30 +2,15 @@
 """Training of the Path-X and Path-256 classifiers: curriculum, losses, EMA weights, exact resume, clean stop."""
 
 import copy
-import json
-import math
-import signal
-import sys
 import time
-from pathlib import Path
 
 import torch
 from metrics.accuracy import wilson_interval
 from tasks.pathfinder import generate_batch, split_seed
 from tasks.pathx_curriculum import Chunks, ImageSource
-from tasks.pathx_evaluation import bar_interval, predict
+from tasks.pathx_evaluation import predict
 from tasks.pathx_model import PathTracer, augment, check_fits, compile_layers, prepare_batch
-from tasks.pathx_state import find_state, gather_tensors, load_state, restore_tensors, save_state
-from tqdm.auto import tqdm
-from transformers import get_scheduler
-
-# arguments on which the images and updates still to come depend
-EXACT = (
-    *("curriculum", "seed", "rendering", "data_echo", "contrast_jitter", "gradient_accumulation_steps"),
-    *("per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "num_warmup_steps", "num_decay_steps"),
-    *("weight_decay", "max_grad_norm", "ema_decay", "curve_loss_weight", "curve_loss_weight_end", "curve_loss_layers"),
-)
-STOP_EVERY = 10  # steps between two looks, by several processes, at whether one of them was told to stop
+from tasks.training_loop import TrainingLoop
 
 
 def curve_layers(text, num_layers):
@@ -41,77 +26,45 @@ def curve_layers(text, num_layers):
     return layers
 
 
-def parameter_groups(module, weight_decay):
-    """Weight decay for matrices alone: not for biases, norms and embeddings."""
-    plain = [p for n, p in module.named_parameters() if p.ndim < 2 or "embeddings" in n]
-    decayed = [p for n, p in module.named_parameters() if p.ndim >= 2 and "embeddings" not in n]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-class Trainer:
+class Trainer(TrainingLoop):
     """args: the namespace of pathx.py. `run` returns True when the curriculum is complete, False when it was stopped
     earlier (time limit or signal); the state is saved in both cases. `ema` is then the model to keep."""
 
+    EXACT = (
+        *("curriculum", "seed", "rendering", "data_echo", "contrast_jitter", "gradient_accumulation_steps"),
+        *("per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "num_warmup_steps", "num_decay_steps"),
+        *("weight_decay", "max_grad_norm", "ema_decay", "curve_loss_weight", "curve_loss_weight_end"),
+        *("curve_loss_layers",),
+    )
+
     def __init__(self, args, accelerator, model, stages):
-        self.args, self.accelerator, self.stages = args, accelerator, stages
-        self.processes = accelerator.num_processes
+        self.stages = stages
         for stage in stages:
             check_fits(model.config, stage.size)
         self.config = model.config
-        self.ema = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
+        ema = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
         layers = curve_layers(args.curve_loss_layers, self.config.num_hidden_layers) if args.curve_loss_weight else []
         self.tracer = PathTracer(model, layers)
-        self.folder = Path(args.output_dir)
-        self.total = sum(stage.steps for stage in stages)
-        self.stage = self.step = self.global_step = 0
-        self.deadline = time.monotonic() + 60 * args.max_train_minutes if args.max_train_minutes else math.inf
-        self.interrupted = False
+        super().__init__(args, accelerator, self.tracer, sum(stage.steps for stage in stages), ema)
+        self.stage = self.step = 0
         self.validation = {}
-        self.tracer.to(accelerator.device)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.tracer, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.98), fused=True
-        )
-        extra = {"num_decay_steps": args.num_decay_steps or self.total // 5}
-        schedule = get_scheduler(
-            args.lr_scheduler_type,
-            self.optimizer,
-            args.num_warmup_steps,
-            self.total,
-            extra if args.lr_scheduler_type == "warmup_stable_decay" else None,
-        )
-        self.learning_rate = lambda step: args.learning_rate * schedule.lr_lambdas[0](step)
-        if args.resume_from_checkpoint:
-            self._restore(args.resume_from_checkpoint)
-        elif (self.folder / "checkpoint").exists():
-            raise ValueError(
-                f"{self.folder} holds the training state of an earlier run; go on with it (--resume_from_checkpoint "
-                f"{self.folder}) or choose another --output_dir"
-            )
-        if accelerator.is_main_process:
-            self._cut_log()
+        self._start()
         if args.torch_compile and accelerator.device.type == "cuda":
             compile_layers(model)
         self.parallel, self.prepared = accelerator.prepare(self.tracer, self.optimizer)
 
     def run(self):
-        previous = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-        main = self.accelerator.is_main_process
-        self.bar = tqdm(total=self.total, initial=self.global_step, disable=not main, mininterval=bar_interval())
-        try:
+        with self._catching_signals():
             while self.stage < len(self.stages):
                 finished = self._run_stage(self.stages[self.stage])
                 if finished:
                     self._validate()
                     self.stage, self.step = self.stage + 1, 0
                 complete = self.stage == len(self.stages)
-                if complete or not finished or self._must_stop():
+                if complete or not finished or self._must_stop(self.step):
                     self._save()
                     return complete
             return True
-        finally:
-            self.bar.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _run_stage(self, stage):
         args, device = self.args, self.accelerator.device
@@ -128,12 +81,9 @@ class Trainer:
         self.tracer.train()
         self._reset_log()
         while self.step < stage.steps:
-            # One seed a step makes augmentation, dropout and reuse the same after a resume.
-            torch.manual_seed((args.seed * 1_000_003 + self.global_step) * 4096 + rank)
+            self._begin_step()
             progress = self.global_step / max(1, self.total - 1)
             curve_weight = args.curve_loss_weight + progress * (args.curve_loss_weight_end - args.curve_loss_weight)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.global_step)
             for _ in range(micro):
                 with self.accelerator.accumulate(self.parallel):
                     images, trace, labels = next(batches)
@@ -157,7 +107,7 @@ class Trainer:
                 self._validate()
             if args.checkpointing_steps and self.global_step % args.checkpointing_steps == 0:
                 self._save()
-            if self.step < stage.steps and self._must_stop():
+            if self.step < stage.steps and self._must_stop(self.step):
                 return False
         return True
 
@@ -165,17 +115,6 @@ class Trainer:
     def _update_ema(self):
         decay = min(self.args.ema_decay, (1 + self.global_step) / (10 + self.global_step))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.tracer.model.parameters()), 1 - decay)
-
-    def _interrupt(self, number, frame):
-        self.interrupted = True
-
-    def _must_stop(self):
-        stop = self.interrupted or time.monotonic() > self.deadline
-        if self.processes == 1:
-            return stop
-        if self.step % STOP_EVERY:
-            return False
-        return self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device)).item() > 0
 
     def _reset_log(self):
         self.sums = torch.zeros(6, device=self.accelerator.device)
@@ -193,32 +132,15 @@ class Trainer:
             "images_per_second": self.images / (time.monotonic() - self.since),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"the loss is {record['loss']} at step {self.global_step}; lower --learning_rate or raise "
-                f"--num_warmup_steps and resume from the last saved state"
-            )
+        self._check_finite(record["loss"])
         self._write("train", record)
         self._reset_log()
 
-    def _cut_log(self):
-        """Leave out what a run that was killed wrote after its last state."""
-        path = self.folder / "train_log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["global_step"] <= self.global_step))
+    def _position(self):
+        return {"stage": self.stage, "step": self.step, "global_step": self.global_step}
 
     def _write(self, event, record):
-        record = {k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}
-        if self.args.with_tracking:
-            numbers = {f"{event}/{k}": v for k, v in record.items() if isinstance(v, (int, float))}
-            self.accelerator.log(numbers, step=self.global_step)
-        if self.accelerator.is_main_process:
-            place = {"stage": self.stage + 1, "step": self.step, "global_step": self.global_step}
-            line = {"event": event, **place, **record}
-            with open(self.folder / "train_log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-            tqdm.write(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))
-            sys.stdout.flush()
+        super()._write(event, {"stage": self.stage + 1, **record})  # people count from 1
 
     def _validate(self):
         """Accuracy of the EMA weights on validation images of the stage under way."""
@@ -242,21 +164,7 @@ class Trainer:
         self._write("validation", {**record, "num_samples": total, "seconds": time.monotonic() - begun})
         self.since += time.monotonic() - begun
 
-    def _save(self):
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            position = {"stage": self.stage, "step": self.step, "global_step": self.global_step}
-            arguments = {key: getattr(self.args, key) for key in EXACT} | {"num_processes": self.processes}
-            tensors = gather_tensors(self.tracer, self.ema, self.optimizer)
-            save_state(self.folder / "checkpoint", tensors, {**position, "arguments": arguments})
-        self.accelerator.wait_for_everyone()
-
     def _restore(self, folder):
-        parts, state = load_state(folder)
-        restore_tensors(parts, find_state(folder), self.tracer, self.ema, self.optimizer, state["global_step"])
+        state = super()._restore(folder)
         self.stage, self.step = state["stage"], state["step"]
         self.global_step = sum(stage.steps for stage in self.stages[: self.stage]) + self.step
-        now = {key: getattr(self.args, key) for key in EXACT} | {"num_processes": self.processes}
-        for key, value in state["arguments"].items():
-            if now.get(key) != value and self.accelerator.is_main_process:
-                tqdm.write(f"resume: {key} was {value!r} and is now {now.get(key)!r}; not an exact continuation")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training state as safetensors files and one JSON, written so that a kill at any moment leaves a whole state.
 
-    <folder>/model.safetensors, ema.safetensors, exp_avg.safetensors, exp_avg_sq.safetensors   fp32, by parameter name
-    <folder>/trainer_state.json                                          position, arguments, sha256 of each file
+    <folder>/model.safetensors, exp_avg.safetensors, exp_avg_sq.safetensors   fp32, by parameter name
+    <folder>/ema.safetensors                                                  the same, where weights are averaged
+    <folder>/trainer_state.json                                               position, arguments, sha256 of each file
 
 Nothing is pickled, so a state from a stranger cannot run code. A new state is written beside the old one and moved
 into its place; between the two renames the old state is `<folder>.old`, which `load_state` finds by itself.
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-PARTS = ("model", "ema", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_FILE = "trainer_state.json"
 
 
@@ -31,15 +32,15 @@ def _digest(path):
 
 
 def save_state(folder, parts, trainer_state):
-    """parts: {part: {parameter name: tensor}} for every name in PARTS; trainer_state: JSON-able dict."""
+    """parts: {part: {parameter name: tensor}} as of `gather_tensors`; trainer_state: JSON-able dict."""
     folder = Path(folder)
     fresh, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     digests = {}
-    for part in PARTS:
+    for part, tensors in parts.items():
         path = fresh / f"{part}.safetensors"
-        save_file({name: value.detach().float().cpu().contiguous() for name, value in parts[part].items()}, path)
+        save_file({name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}, path)
         digests[path.name] = _digest(path)
     (fresh / STATE_FILE).write_text(json.dumps({**trainer_state, "sha256": digests}, indent=1) + "\n")
     for path in fresh.iterdir():
@@ -67,39 +68,46 @@ def load_state(folder):
     folder = find_state(folder)
     try:
         trainer_state = json.loads((folder / STATE_FILE).read_text())
-        digests = trainer_state.pop("sha256")
+        digests = dict(trainer_state.pop("sha256"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StateError(f"{folder / STATE_FILE} is no training state ({error!r}); resume from another") from None
     parts = {}
-    for part in PARTS:
-        path = folder / f"{part}.safetensors"
+    for name, digest in digests.items():
+        path = folder / Path(name).name  # whatever the file says, nothing outside of the folder is read
         if not path.is_file():
-            raise StateError(f"{path} is missing; the state needs all of {', '.join(PARTS)}")
-        if _digest(path) != digests.get(path.name):
+            raise StateError(f"{path} is missing; the state needs all of {', '.join(digests)}")
+        if _digest(path) != digest:
             raise StateError(f"{path} was truncated or altered (its sha256 is not the one in {STATE_FILE}); use a copy")
         try:
-            parts[part] = load_file(path)
+            parts[path.stem] = load_file(path)
         except SafetensorError as error:
             raise StateError(f"{path} is not a safetensors file ({error})") from None
     return parts, trainer_state
 
 
+def _targets(module, ema):
+    """{part: {parameter name: tensor}} of the weights; `ema` is None where no averaged copy is kept."""
+    averaged = {} if ema is None else {"ema": dict(ema.named_parameters())}
+    return {"model": dict(module.named_parameters()), **averaged}
+
+
 def gather_tensors(module, ema, optimizer):
-    """`parts` of save_state from a module, its averaged copy and its AdamW."""
+    """`parts` of save_state from a module, its averaged copy (or None) and its AdamW."""
     named = dict(module.named_parameters())
     moments = {
-        key: {name: optimizer.state[p].get(key, torch.zeros_like(p)) for name, p in named.items()}
-        for key in ("exp_avg", "exp_avg_sq")
+        key: {name: optimizer.state[p].get(key, torch.zeros_like(p)) for name, p in named.items()} for key in MOMENTS
     }
-    return {"model": named, "ema": dict(ema.named_parameters()), **moments}
+    return {**_targets(module, ema), **moments}
 
 
 @torch.no_grad()
 def restore_tensors(parts, folder, module, ema, optimizer, step):
     """The reverse, in place. Raises StateError where names or shapes differ (state of another model)."""
     named = dict(module.named_parameters())
-    moments = {key: {n: torch.zeros_like(p) for n, p in named.items()} for key in ("exp_avg", "exp_avg_sq")}
-    targets = {"model": named, "ema": dict(ema.named_parameters()), **moments}
+    moments = {key: {n: torch.zeros_like(p) for n, p in named.items()} for key in MOMENTS}
+    targets = {**_targets(module, ema), **moments}
+    if parts.keys() != targets.keys():
+        raise StateError(f"{folder} holds {', '.join(parts)}; expected {', '.join(targets)}: it is of another training")
     for part, target in targets.items():
         path, source = folder / f"{part}.safetensors", parts[part]
         missing, unknown = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
