@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-SOURCES = [f"{name}.cu" for name in "cuda fwd_sm80 fwd_sm90 bwd_rows bwd_sm80 bwd_sm90 bwd_dq_sm80".split()] + ["op.cpp"]
+KERNELS = ("cuda", "fwd_sm80", "fwd_sm90", "bwd_rows", "bwd_sm80", "bwd_sm90", "bwd_dq_sm80")
 
 
 @pytest.fixture(scope="module", params=["sm80", "sm90"])
@@ -45,7 +45,7 @@ def emulated(request, tmp_path_factory):
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
+        objects = list(pool.map(compile_one, [*(f"{name}.cu" for name in KERNELS), "op.cpp"]))
     library = folder / f"{name}.so"
     link = [f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     subprocess.run(["g++", "-shared", "-o", library, *objects, *link], check=True)
