@@ -56,6 +56,16 @@ __device__ __forceinline__ uint32_t movmatrix_transposed(uint32_t x) {
   return y;
 }
 
+// "Data Movement: prmt". Each byte of the result repeats the sign bit of the byte of x that the nibble of kSelector,
+// less 8, numbers.
+template <uint32_t kSelector>
+__device__ __forceinline__ uint32_t byte_signs(uint32_t x) {
+  static_assert((kSelector & 0x8888) == 0x8888);
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "n"(kSelector));
+  return y;
+}
+
 // "Matrix Fragments for mma.m16n8k16 with floating point type". d (16x8, fp32) += a (16x16) * b (16x8).
 template <typename T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   const float scale_log2 = p.scale * kLog2e;
+  const Dropout dropout(p, batch * p.heads + head);
   float dq[1][kDim / 8][4];
   clear(dq);
   while (position < walk.count) {
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!visible.all(q0 + row0, k0, kTileK)) mask_scores(prob, visible, q0 + row0, k0, lane);
     if constexpr (kDropout) {
       KeepBits<1, kTileK / 8> keep;
-      keep.draw(p, batch * p.heads + head, q0 + row0, k0, lane);
+      keep.draw(dropout, q0 + row0, k0, lane);
       keep.drop(ds);
     }
 #pragma unroll

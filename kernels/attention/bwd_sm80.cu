@@ -48,18 +48,12 @@ struct BackwardTiles {
 template <typename T, bool kDropout, typename Scores>
 __device__ __forceinline__ void probabilities_and_gradients(float (&s)[2][4][4], float (&dp)[2][4][4],
                                                             const AttentionProblem& p, uint32_t shift, uint32_t delta,
-                                                            int key0, int query0, int q0, int k0, int64_t batch_head,
-                                                            const Scores& tile_p, const Scores& tile_ds,
-                                                            const Lane& lane) {
+                                                            int key0, int query0, int q0, int k0,
+                                                            const Dropout& dropout, const Scores& tile_p,
+                                                            const Scores& tile_ds, const Lane& lane) {
   const float scale_log2 = p.scale * kLog2e;
-  uint32_t keep[2];
-  if constexpr (kDropout) {
-#pragma unroll
-    for (int patch = 0; patch < 2; ++patch)
-      keep[patch] = keep_bits_transposed(
-          keep_bits(dropout_patch(p.rng_state, batch_head, (q0 + query0) / 16 + patch, (k0 + key0) / 32, lane.id),
-                    p.dropout_threshold));
-  }
+  KeepTransposed<4, 4> keep;
+  if constexpr (kDropout) keep.draw(dropout, q0 + query0, k0 + key0, lane);
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     const int query = query0 + 8 * n + lane.col;
@@ -73,7 +67,7 @@ __device__ __forceinline__ void probabilities_and_gradients(float (&s)[2][4][4],
         float dprob = dp[m][n][i];
         float dropped = prob;
         if constexpr (kDropout) {
-          const bool kept = keep[n / 2] >> (4 * (2 * m + i / 2) + 2 * (n % 2) + 16 * (i % 2)) & 1u;
+          const bool kept = keep.kept(2 * m + i / 2, n, i % 2);
           dprob = kept ? dprob * p.keep_scale : 0.0f;
           dropped = kept ? prob : 0.0f;
         }
@@ -143,6 +137,7 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
   if (position < walk.count) load_queries(position, stage);
   ptx::cp_async_commit();
 
+  const Dropout dropout(p, batch * p.heads + head);
   float dk[2][kDim / 16][4], dv[2][kDim / 16][4];
   clear(dk);
   clear(dv);
@@ -174,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
                 scores[m][n][i] = -INFINITY;
       }
       probabilities_and_gradients<T, kDropout>(scores, dp, p, tiles.shift(stage), tiles.delta(stage), key0, query0, q0,
-                                               k0, batch * p.heads + head, tiles.p(), tiles.ds(), lane);
+                                               k0, dropout, tiles.p(), tiles.ds(), lane);
     }
     __syncthreads();  // P^T and dS^T are complete
 

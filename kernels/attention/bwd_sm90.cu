@@ -152,11 +152,10 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
   const KeyTile<Config> tile(p, key_tiles);
   const Lane lane;
-  const int warpgroup = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, row0 = 64 * warpgroup + 16 * warp;
+  const int warpgroup = warpgroup_of_thread() - 1, warp = threadIdx.x % 128 / 32, row0 = 64 * warpgroup + 16 * warp;
   const int k0 = tile.k0 + row0, q_len = static_cast<int>(tile.s.q_len), head = tile.place.head;
   // This warpgroup's share of the dQ of a query tile.
   const int query0 = kTileQ == Config::kTileK ? 64 * warpgroup : 0, dim0 = kDqDim == kDim ? 0 : kDqDim * warpgroup;
-  const int64_t batch_head = tile.place.batch * p.heads + head;
   const float scale_log2 = p.scale * kLog2e;
   auto release = [&](uint32_t barrier) {
     if (lane.id == 0) ptx::mbarrier_arrive(barrier);
@@ -175,10 +174,11 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   int buffer = 0;
   ptx::mbarrier_wait(shared.kv_full(), 0);
 
-  KeepTransposed<kN> keep;
+  KeepTransposed<2, kN> keep;
+  const Dropout dropout(p, tile.place.batch * p.heads + head);
   auto draw = [&](int position) {
     if constexpr (kDropout)
-      if (position < tile.walk.count) keep.draw(p, batch_head, tile.walk.tile(position) * kTileQ, k0, lane);
+      if (position < tile.walk.count) keep.draw(dropout, tile.walk.tile(position) * kTileQ, k0, lane);
   };
   int position = tile.walk.next(0);
   draw(position);
@@ -210,9 +210,10 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       const float2 delta = pair_of(shared.delta(stage), n);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if constexpr (kDropout) dp[0][n][i] = keep.kept(n, i) ? dp[0][n][i] * p.keep_scale : 0.0f;
-        dp[0][n][i] = scores[0][n][i] * (dp[0][n][i] - (i % 2 ? delta.y : delta.x));
-        if constexpr (kDropout) scores[0][n][i] = keep.kept(n, i) ? scores[0][n][i] : 0.0f;
+        const bool kept = !kDropout || keep.kept(i / 2, n, i % 2);
+        const float dropped = kept ? dp[0][n][i] : 0.0f, scale = kDropout ? p.keep_scale : 1.0f;
+        dp[0][n][i] = scores[0][n][i] * fmaf(dropped, scale, -(i % 2 ? delta.y : delta.x));
+        if (!kept) scores[0][n][i] = 0.0f;
       }
     }
     uint32_t probabilities[kN / 2][4], ds[kN / 2][4];

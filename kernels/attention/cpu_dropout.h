@@ -45,7 +45,7 @@ struct Patch {
 
  private:
   void draw(const Head& head, int64_t row_patch, int64_t col_patch, int lane, int i) {
-    const Philox bytes = dropout_patch(head.rng_state, head.batch_head, row_patch, col_patch, lane);
+    const Philox bytes = dropout_patch({head.rng_state, head.batch_head}, row_patch, col_patch, lane);
     words[0][i] = bytes.word[0], words[1][i] = bytes.word[1], words[2][i] = bytes.word[2], words[3][i] = bytes.word[3];
   }
 };

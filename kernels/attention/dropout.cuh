@@ -8,76 +8,102 @@
 
 namespace flash_models {
 
-// Bit i says whether byte i of the lane's share keeps its element.
-__device__ __forceinline__ uint32_t keep_bits(const Philox& bytes, uint32_t threshold) {
-  uint32_t bits = 0;
-  const uint32_t limit = threshold * 0x01010101u;
-#pragma unroll
-  for (int word = 0; word < 4; ++word) {
-    // 0xFF in every byte that is >= its limit, one bit of each kept; the multiply gathers four bits into a nibble.
-    const uint32_t kept = __vcmpgeu4(bytes.word[word], limit) & 0x01010101u;
-    bits |= ((kept * 0x01020408u) >> 24) << (4 * word);
+// Compares four bytes at once with the threshold: bit 7 of a byte of the result says that its element is kept.
+// byte >= t is, with the low seven bits of either, carry(low + 128 - t_low) AND or OR the byte's own bit 7, as t < 128
+// decides: the majority of the three.
+struct Threshold {
+  uint32_t addend, high;
+
+  __device__ __forceinline__ explicit Threshold(uint32_t threshold)
+      : addend((0x80u - (threshold & 0x7Fu)) * 0x01010101u), high(threshold < 0x80u ? ~0u : 0u) {}
+
+  __device__ __forceinline__ uint32_t kept(uint32_t bytes) const {
+    const uint32_t carry = (bytes & 0x7F7F7F7Fu) + addend;
+    return (carry & bytes) | ((carry | bytes) & high);
   }
-  return bits;
-}
+};
+
+// What the draws of one head need, in registers.
+struct Dropout {
+  DropoutKey key;
+  Threshold threshold;
+
+  __device__ __forceinline__ Dropout(const AttentionProblem& p, int64_t batch_head)
+      : key(p.rng_state, batch_head), threshold(p.dropout_threshold) {}
+};
 
 // What is kept of kM x kN fragments in natural layout: rows are queries q0 .., columns keys k0 .. (multiples of 32).
 // Drawn apart from its use, so that the draw can run while products are under way.
 template <int kM, int kN>
 struct KeepBits {
   static_assert(kN % 4 == 0);
-  uint32_t bits[kM][kN / 4];
+  uint32_t word[kM][kN];  // of a fragment: bit 7 of byte i is element i's
 
-  __device__ __forceinline__ void draw(const AttentionProblem& p, int64_t batch_head, int q0, int k0,
-                                       const Lane& lane) {
+  __device__ __forceinline__ void draw(const Dropout& dropout, int q0, int k0, const Lane& lane) {
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-      for (int patch = 0; patch < kN / 4; ++patch)
-        bits[m][patch] = keep_bits(dropout_patch(p.rng_state, batch_head, q0 / 16 + m, k0 / 32 + patch, lane.id),
-                                   p.dropout_threshold);
+      for (int patch = 0; patch < kN / 4; ++patch) {
+        const Philox bytes = dropout_patch(dropout.key, q0 / 16 + m, k0 / 32 + patch, lane.id);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) word[m][4 * patch + i] = dropout.threshold.kept(bytes.word[i]);
+      }
+    }
   }
 
   // Zeroes the dropped elements.
   __device__ __forceinline__ void drop(float (&x)[kM][kN][4]) const {
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+      for (int n = 0; n < kN; ++n) {
+        x[m][n][0] = __uint_as_float(__float_as_uint(x[m][n][0]) & ptx::byte_signs<0x8888>(word[m][n]));
+        x[m][n][1] = __uint_as_float(__float_as_uint(x[m][n][1]) & ptx::byte_signs<0x9999>(word[m][n]));
+        x[m][n][2] = __uint_as_float(__float_as_uint(x[m][n][2]) & ptx::byte_signs<0xAAAA>(word[m][n]));
+        x[m][n][3] = __uint_as_float(__float_as_uint(x[m][n][3]) & ptx::byte_signs<0xBBBB>(word[m][n]));
+      }
+    }
+  }
+
+  // The same for fragments that were rounded to 16 bits, as A operands: half the work.
+  __device__ __forceinline__ void drop(uint32_t (&a)[kN / 2][4]) const {
+    static_assert(kM == 1);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (!(bits[m][n / 4] >> (4 * (n % 4) + i) & 1u)) x[m][n][i] = 0.0f;
+    for (int n = 0; n < kN; ++n) {
+      a[n / 2][2 * (n % 2)] &= ptx::byte_signs<0x9988>(word[0][n]);
+      a[n / 2][2 * (n % 2) + 1] &= ptx::byte_signs<0xBBAA>(word[0][n]);
+    }
   }
 };
 
-// The same bits for transposed scores: rows are 32 keys, columns 16 queries. A lane draws its natural share; the halves
-// of its word that belong to even and to odd keys are two elements of an 8x8 matrix of 16-bit words, and one movmatrix
-// hands every lane the words of its transposed position. In the result bit 4 * key_tile + 2 * query_tile (+16 for the
-// second of the lane's two queries) belongs to key 8 * key_tile + lane.row and query 8 * query_tile + lane.col.
-__device__ __forceinline__ uint32_t keep_bits_transposed(uint32_t bits) {
-  return ptx::movmatrix_transposed((bits & 0x5555u) | ((bits & 0xAAAAu) << 15));
-}
-
-// What is kept of kN transposed fragments of one warp: rows are 16 keys k0 .., columns queries q0 .. (multiples of 16).
-template <int kN>
+// The same for kKeys x kQueries fragments of a warp's transposed scores: rows are keys k0 .., columns queries q0 ..
+// (multiples of 16). Of a patch a lane draws its natural share; the halves of its bits that belong to even and to odd
+// keys are two elements of an 8x8 matrix of 16-bit words, and one movmatrix hands every lane the words of its
+// transposed position.
+template <int kKeys, int kQueries>
 struct KeepTransposed {
-  static_assert(kN % 2 == 0);
-  uint32_t bits[kN / 2];  // of 16 queries each
+  static_assert(kQueries % 2 == 0 && (kKeys == 2 || kKeys == 4));  // a patch has four key fragments
+  static constexpr int kPatches = kQueries / 2, kPerWord = 8 / kKeys;
+  uint32_t word[(kPatches + kPerWord - 1) / kPerWord];
 
-  __device__ __forceinline__ void draw(const AttentionProblem& p, int64_t batch_head, int q0, int k0,
-                                       const Lane& lane) {
-    const int upper = k0 / 16 % 2;  // which half of a patch of 32 keys
+  __device__ __forceinline__ void draw(const Dropout& dropout, int q0, int k0, const Lane& lane) {
+    const int first = k0 / 8 % 4;  // of the patch's key fragments
 #pragma unroll
-    for (int patch = 0; patch < kN / 2; ++patch)
-      bits[patch] =
-          keep_bits_transposed(keep_bits(dropout_patch(p.rng_state, batch_head, q0 / 16 + patch, k0 / 32, lane.id),
-                                         p.dropout_threshold)) >>
-          (8 * upper);
+    for (int patch = 0; patch < kPatches; ++patch) {
+      const Philox bytes = dropout_patch(dropout.key, q0 / 16 + patch, k0 / 32, lane.id);
+      uint32_t gathered = 0;  // byte i: element i of key fragments 0 .. 3 in bits 7 .. 4
+#pragma unroll
+      for (int keys = 0; keys < 4; ++keys) gathered |= (dropout.threshold.kept(bytes.word[keys]) & 0x80808080u) >> keys;
+      const uint32_t bits = ptx::movmatrix_transposed(__byte_perm(gathered, 0, 0x3120)) << first;
+      const uint32_t own = (bits & (kKeys == 2 ? 0xC0C0C0C0u : 0xF0F0F0F0u)) >> (kKeys * (patch % kPerWord));
+      word[patch / kPerWord] = patch % kPerWord == 0 ? own : word[patch / kPerWord] | own;
+    }
   }
 
-  // Whether element i of fragment n is kept.
-  __device__ __forceinline__ bool kept(int n, int i) const {
-    return bits[n / 2] >> (4 * (i / 2) + 2 * (n % 2) + 16 * (i % 2)) & 1u;
+  // Whether it keeps, of fragment (keys, queries), key lane.row and query lane.col + second.
+  __device__ __forceinline__ bool kept(int keys, int queries, int second) const {
+    const int patch = queries / 2, bit = 16 * second + 8 * (queries % 2) + 7 - keys - kKeys * (patch % kPerWord);
+    return word[patch / kPerWord] >> bit & 1u;
   }
 };
 

@@ -36,12 +36,23 @@ FM_HOST_DEVICE Philox philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c
   return {{c0, c1, c2, c3}};
 }
 
+// What all draws of one head share; read from the device once, not for every patch.
+struct DropoutKey {
+  uint64_t seed = 0;
+  uint32_t offset = 0, batch_head = 0;
+
+  FM_HOST_DEVICE DropoutKey(const int64_t* rng_state, int64_t batch_head)
+      : batch_head(static_cast<uint32_t>(batch_head)) {
+    if (rng_state == nullptr) return;
+    seed = static_cast<uint64_t>(rng_state[0]);
+    offset = static_cast<uint32_t>(rng_state[1]);
+  }
+};
+
 // The 16 bytes of one lane's share of the patch (row / 16, col / 32).
-FM_HOST_DEVICE Philox dropout_patch(const int64_t* rng_state, int64_t batch_head, int64_t row_patch, int64_t col_patch,
-                                    int lane) {
-  return philox(static_cast<uint64_t>(rng_state[0]), static_cast<uint32_t>(col_patch * 32 + lane),
-                static_cast<uint32_t>(row_patch), static_cast<uint32_t>(batch_head),
-                static_cast<uint32_t>(rng_state[1]));
+FM_HOST_DEVICE Philox dropout_patch(const DropoutKey& key, int64_t row_patch, int64_t col_patch, int lane) {
+  return philox(key.seed, static_cast<uint32_t>(col_patch * 32 + lane), static_cast<uint32_t>(row_patch),
+                key.batch_head, key.offset);
 }
 
 FM_HOST_DEVICE int dropout_lane(int64_t row, int64_t col) { return static_cast<int>((row % 8) * 4 + (col % 8) / 2); }

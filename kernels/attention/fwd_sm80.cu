@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   float out[2][kDim / 8][4], factor[2][2];
   clear(out);
   OnlineSoftmax<2> softmax;
+  const Dropout dropout(p, batch * p.heads + head);
 
   while (position < walk.count) {
     const int next = walk.next(position + 1);
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     softmax.exponentiate(scores, scale_log2);
     if constexpr (kDropout) {
       KeepBits<2, kTileK / 8> keep;
-      keep.draw(p, batch * p.heads + head, q0 + row0, k0, lane);
+      keep.draw(dropout, q0 + row0, k0, lane);
       keep.drop(scores);
     }
     multiply_registers<T>(out, scores, tiles.v(stage), lane.id);

@@ -155,7 +155,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
   constexpr int kDim = Config::kDim, kTileK = Config::kTileK;
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   const Lane lane;
-  const int warpgroup = threadIdx.x / 128 - 1, row0 = 64 * warpgroup + threadIdx.x % 128 / 32 * 16;
+  const int warpgroup = warpgroup_of_thread() - 1, row0 = 64 * warpgroup + threadIdx.x % 128 / 32 * 16;
   const float scale_log2 = p.scale * kLog2e;
   auto release = [&](uint32_t barrier) {
     if (lane.id == 0) ptx::mbarrier_arrive(barrier);
@@ -172,6 +172,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
     uint32_t probabilities[kTileK / 16][4];
     OnlineSoftmax<1> softmax;
     KeepBits<1, kTileK / 8> keep;
+    const Dropout dropout(p, tile.place.batch * p.heads + head);
     clear(out);
 
     // Between the products of a tile: scores become probabilities. Returns whether the output is to be rescaled.
@@ -179,11 +180,14 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
       if (!tile.visible.all(q0, k0, kTileK)) mask_scores(scores, tile.visible, q0, k0, lane);
       const bool moved = softmax.advance(scores, factor, scale_log2);
       softmax.exponentiate(scores, scale_log2);
-      if constexpr (kDropout) keep.drop(scores);
       return moved;
     };
+    auto pack = [&] {
+      pack_operands<T>(probabilities, scores);
+      if constexpr (kDropout) keep.drop(probabilities);
+    };
     auto draw = [&](int k0) {
-      if constexpr (kDropout) keep.draw(p, tile.place.batch * p.heads + head, q0, k0, lane);
+      if constexpr (kDropout) keep.draw(dropout, q0, k0, lane);
     };
 
     int position = tile.walk.next(0);
@@ -200,7 +204,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
       release(shared.k_empty(keys.stage));
       keys.advance();
       soften(k0);
-      pack_operands<T>(probabilities, scores);
+      pack();
 
       while ((position = tile.walk.next(position + 1)) < tile.walk.count) {
         k0 = tile.walk.tile(position) * kTileK;
@@ -223,7 +227,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
         release(shared.v_empty(values.stage));
         values.advance();
         if (moved) rescale(out, factor);
-        pack_operands<T>(probabilities, scores);
+        pack();
       }
       release(shared.q_empty());
 

@@ -20,29 +20,20 @@ constexpr float kLn2 = 0.69314718055994530942f;
 template <int kM, int kN>
 __device__ __forceinline__ void mask_scores(float (&s)[kM][kN][4], const Visible& visible, int q0, int k0,
                                             const Lane& lane) {
-  // A column is the lane's first plus a constant of the unrolled loops: one comparison with an immediate for each.
-  const int first = visible.lo - k0 - lane.col;
+  // A column is the lane's first plus a constant of the unrolled loops: two comparisons with an immediate for each.
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = q0 + 16 * m + 8 * half + lane.row;
+      const int row = q0 + 16 * m + 8 * half + lane.row, first = visible.lo - k0 - lane.col;
       const int last = min(visible.hi - 1, row + visible.diagonal) - k0 - lane.col;
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          if (8 * n + i > last) s[m][n][2 * half + i] = -INFINITY;
+          if (8 * n + i < first || 8 * n + i > last) s[m][n][2 * half + i] = -INFINITY;
     }
   }
-  if (visible.lo <= k0) return;
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int n = 0; n < kN; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (8 * n + i % 2 < first) s[m][n][i] = -INFINITY;
 }
 
 // State of the rows a lane shares with the other three lanes of its quad: kM fragments of two rows each.

@@ -41,12 +41,12 @@ struct PanelTile {
 
   // "Matrix Descriptor", for an operand whose depth runs along the rows of the tile: element (row0 + i, k0 + j).
   __device__ __forceinline__ uint64_t by_rows(int row0, int k0) const {
-    return descriptor(base + k0 / kPanelDim * kPanelBytes + row0 * kRowBytes + 2 * (k0 % kPanelDim));
+    return descriptor(k0 / kPanelDim * kPanelBytes + row0 * kRowBytes + 2 * (k0 % kPanelDim));
   }
 
   // The same, for an operand whose depth runs down the columns: element (k0 + j, column0 + i).
   __device__ __forceinline__ uint64_t by_columns(int k0, int column0 = 0) const {
-    return descriptor(base + column0 / kPanelDim * kPanelBytes + k0 * kRowBytes);
+    return descriptor(column0 / kPanelDim * kPanelBytes + k0 * kRowBytes);
   }
 
   // Writes a warp's A operand (16 x 16) to rows row0 .. and columns column0 ...
@@ -58,13 +58,19 @@ struct PanelTile {
 
  private:
   // Bits 0-13 the address, 16-29 the distance of panels (read where the depth runs down the columns), 32-45 that of
-  // groups of eight rows, all in units of 16 bytes; 62-63 the swizzle, 1 for 128 bytes and 2 for 64.
-  static __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-    constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : 2;
-    return (kSwizzle << 62) | (uint64_t{8 * kRowBytes / 16} << 32) | (uint64_t{kPanelBytes / 16} << 16) |
-           ((address & 0x3FFFF) >> 4);
+  // groups of eight rows, all in units of 16 bytes; 62-63 the swizzle, 1 for 128 bytes and 2 for 64. Shared memory ends
+  // before the address does, so the offset is added to a word that a loop computes once.
+  __device__ __forceinline__ uint64_t descriptor(int offset) const {
+    constexpr uint64_t kHigh = (uint64_t{kRowBytes == 128 ? 1 : 2} << 62) | (uint64_t{8 * kRowBytes / 16} << 32);
+    const uint32_t low = (base >> 4) + static_cast<uint32_t>(offset / 16) + (kPanelBytes / 16 << 16);
+    return kHigh | low;
   }
 };
+
+// This thread's warpgroup, as a value that the compiler knows to be the same in all lanes.
+__device__ __forceinline__ int warpgroup_of_thread() {
+  return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
+}
 
 // What one warp fills tiles with. `full` is the barrier that a tile's readers wait for; `raw` one that only this warp
 // knows, for tiles that it changes between their arrival and their use.

@@ -129,6 +129,11 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
   });
 }
 
+inline int __shfl_sync(unsigned, int x, int lane) {
+  return emulation::warp_instruction<int, int>(x,
+                                               [lane](const int* in, int* out) { std::fill(out, out + 32, in[lane]); });
+}
+
 inline bool __any_sync(unsigned, bool x) {
   return emulation::warp_instruction<bool, bool>(x, [](const bool* in, bool* out) {
     std::fill(out, out + 32, std::any_of(in, in + 32, [](bool value) { return value; }));
@@ -137,12 +142,22 @@ inline bool __any_sync(unsigned, bool x) {
 
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 
-inline uint32_t __vcmpgeu4(uint32_t a, uint32_t b) {
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
   uint32_t result = 0;
-  for (int shift = 0; shift < 32; shift += 8)
-    if ((a >> shift & 0xFF) >= (b >> shift & 0xFF)) result |= 0xFFu << shift;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xFF) << (8 * i);
   return result;
 }
+
+template <typename To, typename From>
+To bits_as(From x) {
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return bits_as<float>(x); }
 
 inline float __log2f(float x) { return std::log2(x); }
 

@@ -72,6 +72,14 @@ inline uint32_t movmatrix_transposed(uint32_t x) {
   });
 }
 
+template <uint32_t kSelector>
+uint32_t byte_signs(uint32_t x) {
+  uint32_t y = 0;
+  for (int i = 0; i < 4; ++i)
+    if (x >> (8 * (kSelector >> (4 * i) & 7) + 7) & 1) y |= 0xFFu << (8 * i);
+  return y;
+}
+
 template <typename T>
 float half_of(uint32_t pair, int which) {
   T x;
