@@ -14,6 +14,7 @@ extra supervision (--curve_loss_weight 0 turns that off). The last line of stdou
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -36,8 +37,8 @@ from tasks.script import (
 )
 
 
-def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM, description=__doc__):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model_name_or_path", help="checkpoint folder or Hub id; to train from scratch, leave out")
     add("--config_name", help="JSON of a FlashBertConfig for a new model (default: 1.6 M parameters)")
@@ -140,15 +141,16 @@ def evaluate(args, accelerator, model):
     return results
 
 
-def main(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM):
+def main(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM, description=__doc__):
+    """`preset`: the size of the task's images. Returns the report."""
     started = time.monotonic()
-    args = parse_args(argv, preset, curriculum)
+    args = parse_args(argv, preset, curriculum, description)
     writable_folder(args.output_dir)
     accelerator = make_accelerator(args, args.gradient_accumulation_steps)
     if args.num_workers is None:
         args.num_workers = max(0, len(os.sched_getaffinity(0)) // accelerator.num_processes - 1)
     set_seed(args.seed)
-    with explain_mistakes("pathx.py"):
+    with explain_mistakes(Path(sys.argv[0]).name):
         if args.model_name_or_path:
             model = load_model(args.model_name_or_path, args.trust_remote_code)
         else:

@@ -2,6 +2,7 @@
 """eval/pathx.py as a whole: exact resume, damaged states, evaluation and its JSON. Small canvases, a tiny model."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -92,6 +93,20 @@ def test_curve_loss_falls(device, config, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
     losses = [record["curve_loss"] for record in records if record["event"] == "train"]
     assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
+
+
+def test_path256_goes_on_from_a_path_x_model(config, tmp_path, monkeypatch):
+    train(config, tmp_path / "small", curriculum="32:2:1:2:2")
+    options = ["--do_train", "--model_name_or_path", tmp_path / "small", "--curriculum", "64:2:1:2:2", "--seed", "1"]
+    options += ["--num_workers", "0", "--num_validation_samples", "0", "--num_eval_samples", "0"]
+    monkeypatch.setattr("sys.argv", ["path256.py", *map(str, options), "--output_dir", str(tmp_path / "large")])
+    runpy.run_path(str(Path(pathx.__file__).with_name("path256.py")), run_name="__main__")
+    report = json.loads((tmp_path / "large" / "all_results.json").read_text())
+    assert report["task"] == "pathfinder-256" and report["training"] == {"finished": True, "steps": 2, "of": 2}
+    assert (
+        load_file(tmp_path / "large" / "model.safetensors").keys()
+        == load_file(tmp_path / "small" / "model.safetensors").keys()
+    )
 
 
 def test_an_earlier_run_is_not_overwritten(config, tmp_path):

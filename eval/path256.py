@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Path-256: Path-X on a canvas of 256 x 256 pixels, 65,536 tokens.
+
+Evaluate:
+    accelerate launch eval/path256.py --model_name_or_path model_cards/pathx-16k-flash --num_eval_samples 4000
+Train, from the Path-X checkpoint: dashes, gaps and curves have the same length in pixels on either canvas, and positions
+are relative, so that it reads the larger one as it is:
+    accelerate launch --mixed_precision bf16 eval/path256.py --do_train --torch_compile \\
+        --model_name_or_path model_cards/pathx-16k-flash --curriculum 256:::1500:8 --output_dir runs/path256
+
+All else is as in eval/pathx.py. The last line of stdout is one JSON object.
+"""
+
+from pathx import main
+from tasks.pathx_curriculum import DEFAULT_CURRICULUM
+
+if __name__ == "__main__":
+    main(preset=256, curriculum=f"{DEFAULT_CURRICULUM},256:::1500:8", description=__doc__)
