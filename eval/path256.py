@@ -3,8 +3,8 @@
 
 Evaluate:
     accelerate launch eval/path256.py --model_name_or_path model_cards/pathx-16k-flash --num_eval_samples 4000
-Train, from the Path-X checkpoint: dashes, gaps and curves have the same length in pixels on either canvas, and positions
-are relative, so that it reads the larger one as it is:
+Train, from the Path-X checkpoint: dashes, gaps and curves have the same length in pixels on either canvas, and
+positions are relative, so that it reads the larger one as it is:
     accelerate launch --mixed_precision bf16 eval/path256.py --do_train --torch_compile \\
         --model_name_or_path model_cards/pathx-16k-flash --curriculum 256:::1500:8 --output_dir runs/path256
 
