@@ -3,16 +3,19 @@
 
 On CUDA the peers are the FlashAttention-2 and the cuDNN backend, in bfloat16, forward and backward separately, 16,384
 tokens a batch and heads * head_dim = 2,048, with 4 B H S^2 D floating-point operations in the forward (half of it when
-causal) and 2.5 times as many in the backward. On CPU the peer is PyTorch's own choice, in float32, and the cost of
-block-sparse attention is measured against its density.
+causal) and 2.5 times as many in the backward. On CPU the peer is PyTorch's own choice, in float32.
+
+--padded: batches with lengths from S / 4 to S, against the mask that Hugging Face passes. --sparse: bands with a global
+block, against our own dense kernels and compiled flex_attention, over their density.
 
 Every case is verified before it is timed: the error of the first head, output and gradients, must be at most twice
 that of plain PyTorch in the same dtype, both against float32 (CUDA) or float64 (CPU). Inputs are normal random numbers.
 A time is the median of many runs, on CUDA with the L2 cache flushed between them. The backward is that of a retained
 graph.
 
-    python eval/bench_attention.py                 # everything
+    python eval/bench_attention.py                 # every length, with and without dropout
     python eval/bench_attention.py --quick         # three lengths, no dropout
+    python eval/bench_attention.py --sparse
     python eval/bench_attention.py --device cpu
 
 Writes a CSV file and a figure to eval/results/; the last line on stdout is one JSON object.
@@ -28,88 +31,28 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from figures import LABELS, draw_attention
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from tasks.attention_cases import dense_cases, padded_cases, peers, sparse_cases
 
 import flash_models
-from flash_models import layouts
 from flash_models.reference import attention_reference
-
-
-@dataclass(frozen=True)
-class Case:
-    head_dim: int
-    causal: bool
-    seqlen: int
-    batch: int
-    heads: int
-    dropout: float = 0.0
-    window: int | None = None  # tokens; None is dense
-
-    def layout(self, device):
-        return None if self.window is None else layouts.local(self.seqlen, self.window, device=device)
-
-    def flop(self, density):
-        return 4 * self.batch * self.heads * self.seqlen**2 * self.head_dim * density * (0.5 if self.causal else 1)
-
-
-def cuda_cases(quick, dropouts):
-    lengths = [1024, 4096, 16384] if quick else [512, 1024, 2048, 4096, 8192, 16384]
-    return [
-        Case(head_dim, causal, seqlen, 16384 // seqlen, 2048 // head_dim, dropout)
-        for dropout in ([0.0] if quick else dropouts)
-        for head_dim in (64, 128)
-        for causal in (False, True)
-        for seqlen in lengths
-    ]
-
-
-def cpu_cases(quick):
-    lengths = [512, 2048] if quick else [512, 1024, 2048, 4096]
-    longest = lengths[-1]
-    dense = [Case(64, causal, seqlen, 1, 4) for causal in (False, True) for seqlen in lengths]
-    return dense + [Case(64, False, longest, 1, 4, window=w) for w in (longest // 16, longest // 8, longest // 4)]
-
-
-def peers(case, device):
-    """name -> (function of q, k, v; whether it wants heads before the sequence)."""
-    layout = case.layout(device)
-
-    def ours(q, k, v):
-        return flash_models.attention(q, k, v, causal=case.causal, dropout_p=case.dropout, layout=layout)
-
-    def sdpa(backends):
-        def call(q, k, v):
-            with sdpa_kernel(backends):
-                return scaled_dot_product_attention(q, k, v, is_causal=case.causal, dropout_p=case.dropout)
-
-        return call
-
-    if device.type == "cpu":
-        return {"flash_models": (ours, False), "sdpa": (sdpa([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), True)}
-    return {
-        "flash_models": (ours, False),
-        "fa2": (sdpa([SDPBackend.FLASH_ATTENTION]), True),
-        "cudnn": (sdpa([SDPBackend.CUDNN_ATTENTION]), True),
-    }
 
 
 def verify(case, inputs, dout):
     """Largest error of output and gradients of the first head, as a multiple of plain PyTorch's. Exits if above 2."""
     device = inputs[0].device
-    layout = case.layout(device)
-    options = {"causal": case.causal, "dropout_p": case.dropout, "layout": layout}
+    options = case.options(device)
     torch.manual_seed(0)
     out = flash_models.attention(*inputs, **options)
     results = [out, *torch.autograd.grad(out, inputs, dout)]
     torch.manual_seed(0)
     rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
     first = [t[:1, :, :1] for t in (*inputs, dout)]
+    if case.padded:
+        options["kv_range"] = options["kv_range"][:1]
     truth, plain = [], []
     for values, dtype in ((truth, torch.float32 if device.type == "cuda" else torch.float64), (plain, out.dtype)):
         q, k, v, first_dout = (t.detach().to(dtype).requires_grad_() for t in first)
@@ -157,7 +100,12 @@ def measure(case, device):
     error = verify(case, inputs, dout)
     layout = case.layout(device)
     density = 1.0 if layout is None else layout.density
-    fields = dict(vars(case), causal=int(case.causal), window=case.window or "", density=round(density, 4))
+    fields = dict(
+        vars(case),
+        causal=int(case.causal),
+        window="" if case.window is None else case.window,
+        density=round(density, 4),
+    )
     rows = [dict(fields, direction=direction, error_ratio=round(error, 3)) for direction in ("forward", "backward")]
     flop = case.flop(density)
     for name, (fn, heads_first) in peers(case, device).items():
@@ -176,7 +124,7 @@ def measure(case, device):
             row[f"{name}_ms"] = round(ms, 4)
             row[f"{name}_tflops"] = round(flop * factor / ms / 1e9, 4 if device.type == "cpu" else 1)
     for row in rows:
-        for name in ("fa2", "cudnn", "sdpa"):
+        for name in LABELS.keys() - {"flash_models"}:
             if f"{name}_ms" in row:
                 row[f"speedup_over_{name}"] = round(row[f"{name}_ms"] / row["flash_models_ms"], 3)
     return rows
@@ -237,9 +185,9 @@ def write_csv(rows, facts, path):
 def summary(rows):
     """Geometric mean and minimum of the speed-up over each peer, per dropout and direction."""
     result = {}
-    for name in ("fa2", "cudnn", "sdpa"):
+    for name in LABELS:
         for row in rows:
-            if f"speedup_over_{name}" in row and not row["window"]:
+            if f"speedup_over_{name}" in row:
                 key = f"{row['direction']}_over_{name}" + (f"_dropout_{row['dropout']}" if row["dropout"] else "")
                 result.setdefault(key, []).append(row[f"speedup_over_{name}"])
     return {
@@ -251,6 +199,9 @@ def summary(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    suite = parser.add_mutually_exclusive_group()
+    suite.add_argument("--padded", action="store_true", help="padded batches instead of full ones")
+    suite.add_argument("--sparse", action="store_true", help="block-sparse attention of several densities")
     parser.add_argument("--quick", action="store_true", help="few lengths, no dropout")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="CUDA only (default: 0 and 0.1)")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "results")
@@ -260,11 +211,17 @@ def main():
     facts = conditions(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     rows = []
-    for case in cuda_cases(args.quick, args.dropout) if device.type == "cuda" else cpu_cases(args.quick):
+    if args.padded:
+        cases, suite = padded_cases(device, args.quick), "-padded"
+    elif args.sparse:
+        cases, suite = sparse_cases(device, args.quick), "-sparse"
+    else:
+        cases, suite = dense_cases(device, args.quick, args.dropout), ""
+    for case in cases:
         rows += measure(case, device)
         print_table(rows[-2:], header=len(rows) == 2)
     machine = re.sub(r"[^a-z0-9]+", "-", facts.get("gpu", "cpu").lower().removeprefix("nvidia ")).strip("-")
-    name = f"attention-{machine}-torch{torch.__version__.split('+')[0]}" + ("-quick" if args.quick else "")
+    name = f"attention{suite}-{machine}-torch{torch.__version__.split('+')[0]}" + ("-quick" if args.quick else "")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / f"{name}.csv"
     write_csv(rows, facts, path)

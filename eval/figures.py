@@ -8,8 +8,17 @@ LABELS = {
     "cudnn": "cuDNN (SDPA)",
     "fa2": "FlashAttention-2 (SDPA)",
     "sdpa": "PyTorch SDPA",
+    "dense": "flash-models, dense",
+    "flex": "flex_attention (compiled)",
 }
-COLORS = {"flash_models": "#d1495b", "cudnn": "#2e4057", "fa2": "#8d96a3", "sdpa": "#8d96a3"}
+COLORS = {
+    "flash_models": "#d1495b",
+    "cudnn": "#2e4057",
+    "fa2": "#8d96a3",
+    "sdpa": "#8d96a3",
+    "dense": "#d1a5b0",
+    "flex": "#2e4057",
+}
 
 
 def _select(rows, **values):
@@ -19,27 +28,28 @@ def _select(rows, **values):
 def draw_attention(rows, facts, path):
     """Speed over length: a line of panels for each (dropout, pass), a column for each (head_dim, mask).
 
-    rows: dicts with the columns of bench_attention.py. Block-sparse rows, which have a `window`, get a column of their
-    own: time over density. `facts`: the conditions, printed above. Written to `path`, a PNG file.
+    rows: dicts with the columns of bench_attention.py. Block-sparse rows, which have a `window`, get columns of their
+    own, one for each shape: time over density. `facts`: the conditions, printed above. Written to `path`, a PNG file.
     """
-    dense, sparse = [row for row in rows if row["window"] == ""], [row for row in rows if row["window"] != ""]
-    lines = sorted({(row["dropout"], row["direction"]) for row in dense}, key=lambda line: (line[0], line[1][0] != "f"))
-    columns = sorted({(row["head_dim"], row["causal"]) for row in dense})
-    width = len(columns) + bool(sparse)
+    lines = sorted({(row["dropout"], row["direction"]) for row in rows}, key=lambda line: (line[0], line[1][0] != "f"))
+    dense = sorted({(row["head_dim"], row["causal"]) for row in rows if row["window"] == ""})
+    sparse = sorted({(row["seqlen"], row["head_dim"], row["causal"]) for row in rows if row["window"] != ""})
+    width = len(dense) + len(sparse)
     figure = Figure(figsize=(3.3 * width, 2.6 * len(lines) + 0.7), layout="constrained")
     panels = figure.subplots(len(lines), width, squeeze=False)
     for line, (dropout, direction) in zip(panels, lines, strict=True):
-        for axes, (head_dim, causal) in zip(line, columns, strict=False):
-            panel = _select(dense, dropout=dropout, direction=direction, head_dim=head_dim, causal=causal)
-            _draw_speed(axes, panel)
+        for axes, (head_dim, causal) in zip(line, dense, strict=False):
+            chosen = _select(rows, dropout=dropout, direction=direction, head_dim=head_dim, causal=causal, window="")
+            _draw_speed(axes, chosen)
             title = f"{direction}, D {head_dim}, {'causal' if causal else 'full'}"
             axes.set_title(title + (f", dropout {dropout}" if dropout else ""), fontsize=9)
-        line[0].set_ylabel("TFLOP/s")
-        if sparse:
-            longest = _select(rows, direction=direction, seqlen=sparse[0]["seqlen"], head_dim=sparse[0]["head_dim"])
-            _draw_density(line[-1], _select(longest, causal=sparse[0]["causal"], dropout=dropout))
-            line[-1].set_title(f"{direction}, S {sparse[0]['seqlen']}, block-sparse", fontsize=9)
-    for axes in panels[-1][: len(columns)]:
+        for axes, (seqlen, head_dim, causal) in zip(line[len(dense) :], sparse, strict=True):
+            shape = {"seqlen": seqlen, "head_dim": head_dim, "causal": causal}
+            _draw_density(axes, _select(rows, dropout=dropout, direction=direction, **shape))
+            axes.set_title(f"{direction}, S {seqlen}, block-sparse", fontsize=9)
+        if dense:
+            line[0].set_ylabel("TFLOP/s")
+    for axes in panels[-1][: len(dense)]:
         axes.set_xlabel("sequence length (tokens)")
     panels[0][0].legend(fontsize=7)
     figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=8)
@@ -59,7 +69,12 @@ def _draw_speed(axes, rows):
 
 
 def _draw_density(axes, rows):
-    points = sorted((row["density"], row["flash_models_ms"]) for row in rows)
-    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLORS["flash_models"])
-    axes.set(xlim=(0, 1.05), ylim=(0, None), xlabel="density of the block layout", ylabel="milliseconds")
+    for name, label in LABELS.items():
+        points = sorted((row["density"], row[f"{name}_ms"]) for row in rows if f"{name}_ms" in row)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=COLORS[name], label=label)
+    axes.set(xscale="log", yscale="log", xlabel="density of the block layout", ylabel="milliseconds")
+    densities = sorted({row["density"] for row in rows})
+    axes.set_xticks(densities, [f"{density:.2g}" for density in densities], rotation=45, fontsize=7)
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
