@@ -52,7 +52,7 @@ def draw_attention(rows, facts, path):
     for axes in panels[-1][: len(dense)]:
         axes.set_xlabel("sequence length (tokens)")
     panels[0][0].legend(fontsize=7)
-    figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=8)
+    figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=8, wrap=True)
     figure.savefig(path, dpi=150)
 
 
