@@ -2,9 +2,9 @@
 """Path-256: Path-X on a canvas of 256 x 256 pixels, 65,536 tokens.
 
 Evaluate:
-    accelerate launch eval/path256.py --model_name_or_path model_cards/pathx-16k-flash --num_eval_samples 4000
+    accelerate launch eval/path256.py --model_name_or_path runs/path256 --num_eval_samples 4000
 Train, from the Path-X checkpoint: dashes, gaps and curves have the same length in pixels on either canvas, and
-positions are relative, so that it reads the larger one as it is:
+positions are relative, so that a model can move from one to the other:
     accelerate launch --mixed_precision bf16 eval/path256.py --do_train --torch_compile \\
         --model_name_or_path model_cards/pathx-16k-flash --curriculum 256:::1500:8 --output_dir runs/path256
 
