@@ -31,17 +31,17 @@ from tasks.script import (
 from tasks.sweep import compare, format_table, number_list, plan_runs, run_all
 from tasks.text_corpus import add_corpus_arguments, check_data_arguments
 from tasks.text_figures import draw_by_length
-from tasks.text_model import add_model_arguments
+from tasks.text_model import (
+    add_language_model_arguments,
+    add_model_arguments,
+    check_language_model_arguments,
+)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model_name_or_path", help="GPT-2 checkpoint: folder or Hub id; to train from scratch, leave out")
-    add("--config_name", help="JSON of a FlashGPT2Config for a new model")
-    add("--tokenizer_name", help="(default: the model's, or a new one of --vocab_size tokens)")
-    add("--vocab_size", type=int, default=8192, help="of a new byte-pair tokenizer, trained on the training text")
-    add("--output_dir", help="where everything is written (default for evaluation: eval/results/<model>)")
+    add_language_model_arguments(add, "GPT-2", "byte-pair")
     add("--max_length", type=number_list, default=[1024], help="tokens of context, or several: 1024,2048,...")
     add("--seed", type=number_list, default=[0], help="of new weights, order and dropout, or several: 0,1,2")
     add("--stride", type=int, default=512, help="tokens that a window scores; the smaller, the more context and time")
@@ -65,8 +65,7 @@ def parse_args(argv=None):
         checkpointing_steps=500,
     )
     args = parser.parse_args(argv)
-    if not args.model_name_or_path and not (args.do_train and args.config_name):
-        parser.error("give --model_name_or_path, or --do_train with the --config_name of a new model")
+    check_language_model_arguments(args, parser)
     check_data_arguments(args, parser)
     if args.do_train and (args.tokens_per_step < 1 or args.tokens_per_step % max(args.max_length)):
         parser.error(f"--tokens_per_step must be a multiple of the longest --max_length, {max(args.max_length)}")

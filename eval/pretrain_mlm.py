@@ -35,7 +35,13 @@ from tasks.script import (
 )
 from tasks.sweep import number_list, plan_runs, run_all
 from tasks.text_corpus import add_corpus_arguments, check_data_arguments, load_corpus
-from tasks.text_model import add_model_arguments, load_model, new_config
+from tasks.text_model import (
+    add_language_model_arguments,
+    add_model_arguments,
+    check_language_model_arguments,
+    load_model,
+    new_config,
+)
 from tasks.text_tokenizer import find_tokenizer, train_word_pieces
 from tasks.text_training import TextTrainer
 
@@ -45,11 +51,7 @@ EXACT = ("max_length", "per_device_train_batch_size", "num_train_epochs", "max_t
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model_name_or_path", help="BERT checkpoint: folder or Hub id; to train from scratch, leave out")
-    add("--config_name", help="JSON of a FlashBertConfig for a new model")
-    add("--tokenizer_name", help="(default: the model's, or a new one of --vocab_size tokens)")
-    add("--vocab_size", type=int, default=8192, help="of a new word-piece tokenizer, trained on the training text")
-    add("--output_dir", help="where everything is written (default for evaluation: eval/results/<model>)")
+    add_language_model_arguments(add, "BERT", "word-piece")
     add("--max_length", type=number_list, default=[512], help="tokens of a piece of a document")
     add("--seed", type=number_list, default=[0], help="of new weights, order, masks and dropout")
     add("--max_batch_tokens", type=int, default=16_384, help="in memory at once; changes speed alone")
@@ -72,8 +74,7 @@ def parse_args(argv=None):
         checkpointing_steps=500,
     )
     args = parser.parse_args(argv)
-    if not args.model_name_or_path and not (args.do_train and args.config_name):
-        parser.error("give --model_name_or_path, or --do_train with the --config_name of a new model")
+    check_language_model_arguments(args, parser)
     check_data_arguments(args, parser)
     if len(args.max_length) > 1 or len(args.seed) > 1:
         parser.error("--max_length and --seed take one number here")

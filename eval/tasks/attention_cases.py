@@ -49,7 +49,7 @@ class Case:
 
 
 def dense_cases(device, quick, dropouts):
-    """Full and causal; on a CPU, which has no suite of its own for every number, also three bands."""
+    """Full and causal; on a CPU also three bands of the longest."""
     if device.type == "cpu":
         lengths = [512, 2048] if quick else [512, 1024, 2048, 4096]
         bands = [Case(64, False, lengths[-1], 1, 4, window=lengths[-1] // part) for part in (16, 8, 4)]

@@ -21,6 +21,21 @@ def add_model_arguments(add):
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
 
 
+def add_language_model_arguments(add, family, tokenizer):
+    """What is trained or evaluated: a checkpoint of `family`, such as "BERT", or a new model and `tokenizer`."""
+    config = {"BERT": "FlashBertConfig", "GPT-2": "FlashGPT2Config"}[family]
+    add("--model_name_or_path", help=f"{family} checkpoint: folder or Hub id; to train from scratch, leave out")
+    add("--config_name", help=f"JSON of a {config} for a new model")
+    add("--tokenizer_name", help="(default: the model's, or a new one of --vocab_size tokens)")
+    add("--vocab_size", type=int, default=8192, help=f"of a new {tokenizer} tokenizer, trained on the training text")
+    add("--output_dir", help="where everything is written (default for evaluation: eval/results/<model>)")
+
+
+def check_language_model_arguments(args, parser):
+    if not args.model_name_or_path and not (args.do_train and args.config_name):
+        parser.error("give --model_name_or_path, or --do_train with the --config_name of a new model")
+
+
 def parse_block_sparse(text):
     """The dict of --block_sparse, JSON as in `flash_models.layouts.from_config`; None for None."""
     if text is None:

@@ -16,21 +16,19 @@ inline void check_cuda(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("flash_models: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Compute capability of the current device, as 10 * major + minor.
-inline int compute_capability() {
-  int device = 0, major = 0, minor = 0;
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
-  return 10 * major + minor;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-  return count;
+// Of the current device, as 10 * major + minor.
+inline int compute_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
+
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // One-dimensional launch with `shared` bytes of dynamic shared memory.
 template <typename... Parameters, typename... Arguments>

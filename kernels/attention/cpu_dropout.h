@@ -30,11 +30,13 @@ struct Patch {
 
   // Lanes in the order pair * 8 + row % 8, so that neighbouring queries are neighbours.
   void draw_by_pair(const Head& head, int64_t row_patch, int64_t col_patch) {
-    for (int i = 0; i < 32; ++i) draw(head, row_patch, col_patch, i % 8 * 4 + i / 8, i);
+    const DropoutKey key(head.rng_state, head.batch_head);
+    for (int i = 0; i < 32; ++i) draw(key, row_patch, col_patch, i % 8 * 4 + i / 8, i);
   }
   // Lanes in their own order, so that neighbouring keys are neighbours.
   void draw_by_row(const Head& head, int64_t row_patch, int64_t col_patch) {
-    for (int i = 0; i < 32; ++i) draw(head, row_patch, col_patch, i, i);
+    const DropoutKey key(head.rng_state, head.batch_head);
+    for (int i = 0; i < 32; ++i) draw(key, row_patch, col_patch, i, i);
   }
 
   Words at(int word, int i) const {
@@ -44,8 +46,8 @@ struct Patch {
   }
 
  private:
-  void draw(const Head& head, int64_t row_patch, int64_t col_patch, int lane, int i) {
-    const Philox bytes = dropout_patch({head.rng_state, head.batch_head}, row_patch, col_patch, lane);
+  void draw(const DropoutKey& key, int64_t row_patch, int64_t col_patch, int lane, int i) {
+    const Philox bytes = dropout_patch(key, row_patch, col_patch, lane);
     words[0][i] = bytes.word[0], words[1][i] = bytes.word[1], words[2][i] = bytes.word[2], words[3][i] = bytes.word[3];
   }
 };

@@ -49,18 +49,11 @@ struct DropoutKey {
   }
 };
 
-// The 16 bytes of one lane's share of the patch (row / 16, col / 32).
+// The 16 bytes of one lane's share of the patch (row / 16, col / 32). Element (row, col) belongs to lane
+// (row % 8) * 4 + (col % 8) / 2; its byte is number (row % 16) / 8 * 2 + col % 2 of word (col % 32) / 8.
 FM_HOST_DEVICE Philox dropout_patch(const DropoutKey& key, int64_t row_patch, int64_t col_patch, int lane) {
   return philox(key.seed, static_cast<uint32_t>(col_patch * 32 + lane), static_cast<uint32_t>(row_patch),
                 key.batch_head, key.offset);
-}
-
-FM_HOST_DEVICE int dropout_lane(int64_t row, int64_t col) { return static_cast<int>((row % 8) * 4 + (col % 8) / 2); }
-
-// Byte of element (row, col) in its lane's share.
-FM_HOST_DEVICE uint32_t dropout_byte(const Philox& bytes, int64_t row, int64_t col) {
-  const int byte = static_cast<int>(((col % 32) / 8) * 4 + ((row % 16) / 8) * 2 + col % 2);
-  return (bytes.word[byte / 4] >> (8 * (byte % 4))) & 0xFFu;
 }
 
 }  // namespace flash_models
