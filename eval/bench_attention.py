@@ -158,6 +158,11 @@ def conditions(device):
     return facts
 
 
+def machine_name(facts):
+    """What `conditions` ran on, as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", facts.get("gpu", "cpu").lower().removeprefix("nvidia ")).strip("-")
+
+
 def print_table(rows, header):
     peers = [name for name in LABELS if f"speedup_over_{name}" in rows[0]]
     unit = "GFLOP/s" if "sdpa" in peers else "TFLOP/s"
@@ -220,8 +225,9 @@ def main():
     for case in cases:
         rows += measure(case, device)
         print_table(rows[-2:], header=len(rows) == 2)
-    machine = re.sub(r"[^a-z0-9]+", "-", facts.get("gpu", "cpu").lower().removeprefix("nvidia ")).strip("-")
-    name = f"attention{suite}-{machine}-torch{torch.__version__.split('+')[0]}" + ("-quick" if args.quick else "")
+    name = f"attention{suite}-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}" + (
+        "-quick" if args.quick else ""
+    )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / f"{name}.csv"
     write_csv(rows, facts, path)

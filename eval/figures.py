@@ -78,3 +78,26 @@ def _draw_density(axes, rows):
     axes.set_xticks(densities, [f"{density:.2g}" for density in densities], rotation=45, fontsize=7)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+
+
+def draw_pathx(rows, facts, path):
+    """Images a second of each implementation, a panel for each (size, pass). rows: those of bench_pathx.py."""
+    panels = list(dict.fromkeys((row["image_size"], row["pass"]) for row in rows))
+    labels = {**LABELS, "block_sparse": "flash-models, block-sparse", "sdpa_masked": "PyTorch SDPA, block mask"}
+    colors = {**COLORS, "block_sparse": COLORS["flash_models"], "sdpa_masked": COLORS["flex"]}
+    figure = Figure(figsize=(3.6 * len(panels), 2.8), layout="constrained")
+    for axes, (size, direction) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        chosen = _select(rows, image_size=size, **{"pass": direction})[::-1]
+        names = [row["implementation"] for row in chosen]
+        bars = axes.barh(
+            [labels[name] for name in names],
+            [row["images_per_second"] for row in chosen],
+            color=[colors[name] for name in names],
+        )
+        axes.bar_label(bars, [f" {row['images_per_second']:.3g}" for row in chosen], fontsize=7)
+        axes.margins(x=0.15)
+        axes.tick_params(labelsize=7)
+        axes.set_title(f"{direction}, {size} x {size}, {chosen[0]['tokens']:,} tokens", fontsize=9)
+        axes.set_xlabel("images/s", fontsize=8)
+    figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=7, wrap=True)
+    figure.savefig(path, dpi=130)
