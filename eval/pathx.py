@@ -9,7 +9,8 @@ Train through canvases of growing size, stop after 9 minutes, go on later:
         --output_dir runs/pathx --max_train_minutes 9
     (the same command) --resume_from_checkpoint runs/pathx
 Images come from eval/tasks/pathfinder.py, so nothing is downloaded. Training may use the generator's curve numbers as
-extra supervision (--curve_loss_weight 0 turns that off). The last line of stdout is one JSON object.
+extra supervision (--curve_loss_weight 0 turns that off), or begin with a pretraining on images alone (--masked_pixels
+0.5). The last line of stdout is one JSON object.
 """
 
 import argparse
@@ -70,6 +71,13 @@ def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM, description
     add("--curve_loss_weight", type=float, default=1.0, help="of the per-pixel loss on marked curves; 0: labels only")
     add("--curve_loss_weight_end", type=float, default=0.3, help="the weight falls linearly to this")
     add("--curve_loss_layers", default="half", help="half (every layer from the middle on), last, or such as 4,6,8")
+    add(
+        "--masked_pixels",
+        type=float,
+        default=0.0,
+        help="pretrain: hide this share of the pixels and learn to tell them, no labels, no curves, no scores; then "
+        "train from the folder with --model_name_or_path",
+    )
     add("--contrast_jitter", type=float, default=0.2, help="contrast factor 1 +- this, with the 8 symmetries")
     add("--data_echo", type=int, default=1, help="times an image is used on average, if generating is slow")
     add("--eval_steps", type=int, default=500, help="steps between short validations; also at each stage's end")
@@ -92,6 +100,10 @@ def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM, description
         parser.error("--images_file is for evaluation, but --num_eval_samples 0 turns evaluation off")
     if min(args.gradient_accumulation_steps, args.data_echo, args.logging_steps, args.per_device_train_batch_size) < 1:
         parser.error("batch size, accumulation, --data_echo and --logging_steps must be at least 1")
+    if not 0 <= args.masked_pixels < 1:
+        parser.error(f"--masked_pixels is a share, at least 0 and below 1, got {args.masked_pixels}")
+    if args.masked_pixels:  # a head that is not trained has no score
+        args.num_validation_samples = args.num_eval_samples = 0
     if not 0 <= args.seed < 4096:
         parser.error(f"--seed must be 0 to 4095, got {args.seed}")
     if args.push_to_hub and not args.hub_model_id:

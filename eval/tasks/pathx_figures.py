@@ -44,7 +44,8 @@ def plot_log(path):
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, accuracies = figure.subplots(2, 1, sharex=True)
     steps = [record["global_step"] for record in trained]
-    for axes, keys in ((losses, ("label_loss", "curve_loss")), (accuracies, ("label_accuracy", "curve_iou"))):
+    reads = "pixel" if trained and "pixel_loss" in trained[0] else "label"
+    for axes, keys in ((losses, (f"{reads}_loss", "curve_loss")), (accuracies, (f"{reads}_accuracy", "curve_iou"))):
         for key in keys:
             axes.plot(steps, [record[key] for record in trained], label=key.replace("_", " "), linewidth=1)
     if checked:

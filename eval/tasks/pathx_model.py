@@ -96,6 +96,8 @@ class PathTracer(nn.Module):
     "my curve carries a marker" and "my curve carries both". This is flood-fill supervision; the heads are not saved
     with the checkpoint."""
 
+    reads = "label"
+
     def __init__(self, model, curve_layers, background_weight=0.05):
         super().__init__()
         self.model = model

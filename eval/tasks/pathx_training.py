@@ -10,6 +10,7 @@ from tasks.pathfinder import generate_batch, split_seed
 from tasks.pathx_curriculum import Chunks, ImageSource
 from tasks.pathx_evaluation import predict
 from tasks.pathx_model import PathTracer, augment, check_fits, compile_layers, prepare_batch
+from tasks.pathx_pretraining import PixelReader, hide_pixels
 from tasks.training_loop import TrainingLoop
 
 
@@ -34,7 +35,7 @@ class Trainer(TrainingLoop):
         *("curriculum", "seed", "rendering", "data_echo", "contrast_jitter", "gradient_accumulation_steps"),
         *("per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "num_warmup_steps", "num_decay_steps"),
         *("weight_decay", "max_grad_norm", "ema_decay", "curve_loss_weight", "curve_loss_weight_end"),
-        *("curve_loss_layers",),
+        *("curve_loss_layers", "masked_pixels"),
     )
 
     def __init__(self, args, accelerator, model, stages):
@@ -44,7 +45,7 @@ class Trainer(TrainingLoop):
         self.config = model.config
         ema = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
         layers = curve_layers(args.curve_loss_layers, self.config.num_hidden_layers) if args.curve_loss_weight else []
-        self.tracer = PathTracer(model, layers)
+        self.tracer = PixelReader(model) if args.masked_pixels else PathTracer(model, layers)
         super().__init__(args, accelerator, self.tracer, sum(stage.steps for stage in stages), ema)
         self.stage = self.step = 0
         self.validation = {}
@@ -88,6 +89,8 @@ class Trainer(TrainingLoop):
                 with self.accelerator.accumulate(self.parallel):
                     images, trace, labels = next(batches)
                     images, trace = augment(images, trace, args.contrast_jitter)
+                    if args.masked_pixels:
+                        images, trace = hide_pixels(images, args.masked_pixels)
                     ids, trace = prepare_batch(images, trace, self.config)
                     label_loss, curve_loss, stats = self.parallel(ids, trace, labels)
                     self.accelerator.backward(label_loss + curve_weight * curve_loss)
@@ -124,8 +127,8 @@ class Trainer(TrainingLoop):
         sums = self.accelerator.reduce(self.sums, "sum").tolist()
         count = sums[5]
         record = {
-            "label_loss": sums[0] / count,
-            "label_accuracy": sums[2] / count,
+            f"{self.tracer.reads}_loss": sums[0] / count,
+            f"{self.tracer.reads}_accuracy": sums[2] / count,
             "curve_loss": sums[1] / count,
             "curve_iou": sums[3] / max(1.0, sums[4]),
             "loss": (sums[0] + curve_weight * sums[1]) / count,
