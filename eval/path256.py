@@ -12,7 +12,6 @@ All else is as in eval/pathx.py. The last line of stdout is one JSON object.
 """
 
 from pathx import main
-from tasks.pathx_curriculum import DEFAULT_CURRICULUM
 
 if __name__ == "__main__":
-    main(preset=256, curriculum=f"{DEFAULT_CURRICULUM},256:::1500:8", description=__doc__)
+    main(image_size=256, description=__doc__)

@@ -3,7 +3,8 @@
 
 Evaluate (default), on a CPU, one GPU or several:
     python eval/pathx.py --model_name_or_path model_cards/pathx-16k-flash
-    accelerate launch eval/pathx.py --model_name_or_path model_cards/pathx-16k-flash --num_eval_samples 20000
+    accelerate launch eval/pathx.py --model_name_or_path model_cards/pathx-16k-flash --num_eval_samples 20000 \\
+        --rendering lra original --contour_length 14 9 6
 Train through canvases of growing size, stop after 9 minutes, go on later:
     accelerate launch --num_processes 2 --mixed_precision bf16 eval/pathx.py --do_train --torch_compile \\
         --output_dir runs/pathx --max_train_minutes 9
@@ -21,9 +22,8 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from tasks.pathfinder import PathfinderDataset, PathfinderSpec
-from tasks.pathx_curriculum import DEFAULT_CURRICULUM, parse_curriculum
-from tasks.pathx_evaluation import GivenImages, evaluate_images
+from tasks.pathx_curriculum import CURRICULA, parse_curriculum
+from tasks.pathx_evaluation import evaluate_images, image_sets
 from tasks.pathx_figures import plot_log
 from tasks.pathx_model import check_fits, compile_layers, create_model, load_model
 from tasks.pathx_training import Trainer
@@ -38,12 +38,13 @@ from tasks.script import (
 )
 
 
-def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM, description=__doc__):
+def parse_args(argv=None, image_size=128, description=__doc__):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model_name_or_path", help="checkpoint folder or Hub id; to train from scratch, leave out")
     add("--config_name", help="JSON of a FlashBertConfig for a new model (default: 1.6 M parameters)")
     add("--trust_remote_code", action="store_true", help="let a Hub checkpoint run its own code")
+    add("--image_size", type=int, choices=CURRICULA, default=image_size, help="of the task, which sets its dashes too")
     add("--output_dir", help="where everything is written (default for evaluation: eval/results/<model>)")
     add("--seed", type=int, default=0, help="of the weights and of the training images")
     add("--num_workers", type=int, help="image generator processes (default: CPU cores per process - 1)")
@@ -52,6 +53,7 @@ def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM, description
     group = parser.add_argument_group("evaluation")
     add = group.add_argument
     add("--num_eval_samples", type=int, default=2000, help="0: no evaluation after training")
+    add("--contour_length", type=int, nargs="+", default=[14], help="dashes of the long curves: 14 (hard), 9, 6 (easy)")
     add("--eval_split", choices=("test", "validation"), default="test")
     add("--images_file", help="npz with images uint8 (n, S, S) and labels (n,), evaluated instead of generated ones")
     add("--data_cache_dir", help="folder that keeps generated evaluation images")
@@ -61,9 +63,8 @@ def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM, description
     add("--do_train", action="store_true")
     add(
         "--curriculum",
-        default=curriculum,
         help="stages size:contour_length:num_distractors:steps[:batch_size per device],... where an empty field is the "
-        "full task's (default: %(default)s)",
+        f"full task's (default: {CURRICULA[image_size]})",
     )
     add("--per_device_train_batch_size", type=int, default=32, help="where a stage names none")
     add("--gradient_accumulation_steps", type=int, default=1)
@@ -91,7 +92,7 @@ def parse_args(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM, description
         logging_steps=50,
     )
     args = parser.parse_args(argv)
-    args.preset = preset
+    args.curriculum = args.curriculum or CURRICULA[args.image_size]
     if not args.do_train and not args.model_name_or_path:
         parser.error("give --model_name_or_path to evaluate, or --do_train")
     if args.do_train and not args.output_dir:
@@ -131,32 +132,22 @@ def train(args, accelerator, model):
 
 
 def evaluate(args, accelerator, model):
-    """The result of every rendering asked for (main process; None elsewhere)."""
+    """{set of images: its result} for all that are asked for (main process; None elsewhere)."""
     model = model.float().to(accelerator.device).eval()
     if args.torch_compile and accelerator.device.type == "cuda":
         compile_layers(model)
     results = {}
-    for name in [Path(args.images_file).stem] if args.images_file else args.rendering:
-        if args.images_file:
-            dataset = GivenImages(args.images_file)
-            size, source, key = dataset.size, Path(args.images_file).name, dataset.digest
-            spec = PathfinderSpec.preset(size if size in (32, 64, 128, 256) else args.preset)
-        else:
-            spec = PathfinderSpec.preset(args.preset)
-            size, source, key = spec.size, args.eval_split, f"{spec} {args.eval_split} {name}"
-            show = accelerator.is_local_main_process
-            options = {"rendering": name, "cache_dir": args.data_cache_dir, "progress": show}
-            dataset = PathfinderDataset(spec, args.eval_split, args.num_eval_samples, **options)
-        check_fits(model.config, size)
+    for name, dataset, spec, source, key in image_sets(args, accelerator):
+        check_fits(model.config, dataset.size)
         result = evaluate_images(model, dataset, name, spec.marker_radius, key, args, accelerator)
-        results[name] = {"source": source, "size": size, **result} if result else None
+        results[name] = {"source": source, "size": dataset.size, **result} if result else None
     return results
 
 
-def main(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM, description=__doc__):
-    """`preset`: the size of the task's images. Returns the report."""
+def main(argv=None, image_size=128, description=__doc__):
+    """`image_size`: of the task, if the arguments name none. Returns the report."""
     started = time.monotonic()
-    args = parse_args(argv, preset, curriculum, description)
+    args = parse_args(argv, image_size, description)
     writable_folder(args.output_dir)
     accelerator = make_accelerator(args, args.gradient_accumulation_steps)
     if args.num_workers is None:
@@ -166,8 +157,8 @@ def main(argv=None, preset=128, curriculum=DEFAULT_CURRICULUM, description=__doc
         if args.model_name_or_path:
             model = load_model(args.model_name_or_path, args.trust_remote_code)
         else:
-            model = create_model(preset, args.config_name)
-        report = {"task": f"pathfinder-{preset}", "model": args.model_name_or_path or args.output_dir}
+            model = create_model(args.image_size, args.config_name)
+        report = {"task": f"pathfinder-{args.image_size}", "model": args.model_name_or_path or args.output_dir}
         finished = True
         if args.do_train:
             trainer, finished = train(args, accelerator, model)

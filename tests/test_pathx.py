@@ -5,6 +5,7 @@ import json
 import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pathx
@@ -13,6 +14,7 @@ import torch
 from eval_case import assert_same_state, fresh_accelerate, stop_at  # noqa: F401
 from safetensors.torch import load_file
 from tasks.pathfinder import PathfinderSpec, generate_batch
+from tasks.pathx_evaluation import image_sets
 from tasks.pathx_model import check_fits, create_model
 from tasks.training_state import StateError, find_state, load_state
 
@@ -39,7 +41,7 @@ def config(tmp_path):
 
 
 def run(*arguments):
-    return pathx.main([str(argument) for argument in arguments], preset=128)
+    return pathx.main([str(argument) for argument in arguments])
 
 
 def train(config, output, *arguments, curriculum="32:2:1:4:2,32:2:2:3:2"):
@@ -180,9 +182,35 @@ def test_evaluation_report(device, config, images_file, tmp_path, capsys):
 def test_evaluation_of_generated_images(device, config, tmp_path):
     create_model(32, config).save_pretrained(tmp_path / "model")
     arguments = ["--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path, "--num_eval_samples", 4]
-    arguments += ["--rendering", "lra", "original", "--num_workers", 0]
-    results = pathx.main([str(argument) for argument in arguments], preset=32)["results"]
-    assert [result["num_samples"] for result in results.values()] == [4, 4] and list(results) == ["lra", "original"]
+    arguments += ["--rendering", "lra", "original", "--num_workers", 0, "--image_size", 32, "--contour_length", 14, 6]
+    results = run(*arguments)["results"]
+    assert list(results) == ["lra", "original", "lra_contour_6", "original_contour_6"]
+    assert {(result["num_samples"], result["size"]) for result in results.values()} == {(4, 32)}
+    report = json.loads((tmp_path / "all_results.json").read_text())
+    assert report["task"] == "pathfinder-32" and report["results"] == results
+
+
+def test_image_sets_are_those_of_the_published_difficulties():
+    arguments = ["--model_name_or_path", "any", "--contour_length", "14", "9", "6", "--num_eval_samples", "2"]
+    args = pathx.parse_args([*arguments, "--image_size", "64"])
+    sets = {name: spec for name, _, spec, _, _ in image_sets(args, SimpleNamespace(is_local_main_process=False))}
+    assert sets["lra"] == PathfinderSpec.preset(64)
+    lengths = {name: (spec.contour_length, spec.distractor_length) for name, spec in sets.items()}
+    assert lengths == {"lra": (14, 4), "lra_contour_9": (9, 3), "lra_contour_6": (6, 2)}
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_the_smaller_tasks_train_with_their_own_dashes(device, config, tmp_path, size):
+    train(
+        config,
+        tmp_path,
+        "--image_size",
+        size,
+        curriculum=f"{size}:4:2:1:2",
+    )
+    assert json.loads((tmp_path / "all_results.json").read_text())["task"] == f"pathfinder-{size}"
+    state = json.loads((tmp_path / "checkpoint" / "trainer_state.json").read_text())
+    assert state["arguments"]["image_size"] == size
 
 
 def test_wrong_models_and_files_are_refused(config, images_file, tmp_path):

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
 
 from metrics.accuracy import accuracy_with_interval, wilson_interval  # noqa: E402
 from tasks.pathfinder import PathfinderSpec, generate_samples  # noqa: E402
-from tasks.pathx_curriculum import DEFAULT_CURRICULUM, Chunks, ImageSource, parse_curriculum  # noqa: E402
+from tasks.pathx_curriculum import CURRICULA, Chunks, ImageSource, parse_curriculum  # noqa: E402
 from tasks.pathx_evaluation import best_threshold_accuracy, find_markers  # noqa: E402
 from tasks.pathx_model import augment, trace_map  # noqa: E402
 from tasks.pathx_training import curve_layers  # noqa: E402
@@ -25,8 +25,10 @@ def test_curriculum():
     assert full == PathfinderSpec.preset(128)
     assert (small.size, small.contour_length, small.num_distractors) == (32, 2, 1)
     assert (small.dash_length, small.dash_thickness, small.marker_radius) == (5, 1.5, 3)
-    for stage in parse_curriculum(DEFAULT_CURRICULUM):
-        generate_samples(stage.spec(128), range(2), num_workers=1)
+    for size, curriculum in CURRICULA.items():
+        for stage in parse_curriculum(curriculum):
+            generate_samples(stage.spec(size), range(2), num_workers=1)
+        assert stage.spec(size) == PathfinderSpec.preset(size)
 
 
 @pytest.mark.parametrize(

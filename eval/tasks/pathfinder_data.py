@@ -72,6 +72,7 @@ class PathfinderDataset(Dataset):
         if self.num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
         self.spec, self.split, self.rendering, self.base_seed = spec, split, rendering, base_seed
+        self.size = spec.size
         self.with_curves, self.num_workers = with_curves, num_workers
         self.parts = ("images", "facts", "curves") if with_curves else ("images", "facts")
         self.folder = None if cache_dir is None else Path(cache_dir) / cache_name(spec, split, rendering, base_seed)

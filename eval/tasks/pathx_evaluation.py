@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of a Pathfinder classifier: accuracy with intervals, the marker-distance baseline, predictions."""
 
+import dataclasses
 import hashlib
+import itertools
 import os
 import time
 import zipfile
@@ -10,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from metrics.accuracy import accuracy_with_interval
+from tasks.pathfinder import PathfinderDataset, PathfinderSpec
+from tasks.pathx_curriculum import CURRICULA
 from tasks.pathx_figures import draw_sheet
 from tasks.script import compute_metric
 from tasks.training_loop import bar_interval
@@ -59,6 +63,25 @@ class GivenImages(Dataset):
 
     def __getitem__(self, index):
         return {"image": self.images[index], "label": int(self.labels[index])}
+
+
+def image_sets(args, accelerator):
+    """What is asked for, set by set: (name, dataset with a `size`, PathfinderSpec, source, key of its predictions).
+
+    Easier curves, of 9 and 6 dashes, come with distractors of 3 and 2, as in the sets of the Long Range Arena."""
+    if args.images_file:
+        dataset = GivenImages(args.images_file)
+        spec = PathfinderSpec.preset(dataset.size if dataset.size in CURRICULA else args.image_size)
+        yield Path(args.images_file).stem, dataset, spec, Path(args.images_file).name, dataset.digest
+        return
+    full = PathfinderSpec.preset(args.image_size)
+    for length, rendering in itertools.product(args.contour_length, args.rendering):
+        spec = dataclasses.replace(full, contour_length=length, distractor_length=max(1, length // 3))
+        show = accelerator.is_local_main_process
+        options = {"rendering": rendering, "cache_dir": args.data_cache_dir, "progress": show}
+        dataset = PathfinderDataset(spec, args.eval_split, args.num_eval_samples, **options)
+        name = rendering if spec == full else f"{rendering}_contour_{length}"
+        yield name, dataset, spec, args.eval_split, f"{spec} {args.eval_split} {rendering}"
 
 
 def find_markers(images, radius):

@@ -35,7 +35,7 @@ class Trainer(TrainingLoop):
         *("curriculum", "seed", "rendering", "data_echo", "contrast_jitter", "gradient_accumulation_steps"),
         *("per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "num_warmup_steps", "num_decay_steps"),
         *("weight_decay", "max_grad_norm", "ema_decay", "curve_loss_weight", "curve_loss_weight_end"),
-        *("curve_loss_layers", "masked_pixels"),
+        *("curve_loss_layers", "masked_pixels", "image_size"),
     )
 
     def __init__(self, args, accelerator, model, stages):
@@ -73,7 +73,9 @@ class Trainer(TrainingLoop):
         if batch_size % args.data_echo:
             raise ValueError(f"batch size {batch_size} is not a multiple of --data_echo {args.data_echo}")
         micro, world = args.gradient_accumulation_steps, self.processes
-        chunks = Chunks(stage.spec(args.preset), batch_size // args.data_echo, args.rendering, self.stage, args.seed)
+        chunks = Chunks(
+            stage.spec(args.image_size), batch_size // args.data_echo, args.rendering, self.stage, args.seed
+        )
         chunks[0]  # compiles the generator once, before the workers are forked
         span = (self.step * micro, stage.steps * micro)
         rank = self.accelerator.process_index
@@ -154,7 +156,9 @@ class Trainer(TrainingLoop):
         if self.stage not in self.validation:
             share = range(accelerator.process_index, args.num_validation_samples, accelerator.num_processes)
             seeds = [split_seed("validation", index) for index in share]
-            samples = generate_batch(stage.spec(args.preset), seeds, args.rendering[0], num_workers=args.num_workers)
+            samples = generate_batch(
+                stage.spec(args.image_size), seeds, args.rendering[0], num_workers=args.num_workers
+            )
             self.validation = {self.stage: samples}
         images, labels = self.validation[self.stage]
         begun = time.monotonic()
