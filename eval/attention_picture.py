@@ -88,7 +88,7 @@ def draw(model, samples, path, layers):
     figure.colorbar(shown, ax=panels[:, -1], shrink=0.8).ax.tick_params(labelsize=7)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
-    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the size, for the card
+    Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)  # half the size, for the card
 
 
 def main(argv=None):

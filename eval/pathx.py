@@ -158,7 +158,10 @@ def main(argv=None, image_size=128, description=__doc__):
             model = load_model(args.model_name_or_path, args.trust_remote_code)
         else:
             model = create_model(args.image_size, args.config_name)
-        report = {"task": f"pathfinder-{args.image_size}", "model": args.model_name_or_path or args.output_dir}
+        report = {
+            "task": f"pathfinder-{args.image_size}",
+            "model": args.output_dir if args.do_train else args.model_name_or_path,
+        }
         finished = True
         if args.do_train:
             trainer, finished = train(args, accelerator, model)

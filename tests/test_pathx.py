@@ -104,6 +104,7 @@ def test_path256_goes_on_from_a_path_x_model(config, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["path256.py", *map(str, options), "--output_dir", str(tmp_path / "large")])
     runpy.run_path(str(Path(pathx.__file__).with_name("path256.py")), run_name="__main__")
     report = json.loads((tmp_path / "large" / "all_results.json").read_text())
+    assert report["model"] == str(tmp_path / "large")  # what is scored, not what it began as
     assert report["task"] == "pathfinder-256" and report["training"] == {"finished": True, "steps": 2, "of": 2}
     assert (
         load_file(tmp_path / "large" / "model.safetensors").keys()

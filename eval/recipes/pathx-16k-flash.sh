@@ -6,7 +6,8 @@
 #
 # PROCESSES  GPUs of this machine (default 1). MINUTES  stop after so many and save the state (default: run to the end).
 # SCRIPT, IMAGE_SIZE, MODEL, CURRICULUM, LEARNING_RATE  for another task: its script, its size, the checkpoint to start
-# from (default: none), ... CURVE_LOSS=0 learns from labels alone. SAMPLES  test images at the end (default 2000).
+# from (default: none), ... CURVE_LOSS=0 learns from labels alone, MASKED_PIXELS=0.5 from images alone. SAMPLES  test
+# images at the end (default 2000).
 # Another run of the same command goes on where the last one stopped. The batch sizes of the curriculum are per GPU.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -17,6 +18,7 @@ options=()
 [ -d "$output/checkpoint" ] && options+=(--resume_from_checkpoint "$output")
 [ -n "${IMAGE_SIZE:-}" ] && options+=(--image_size "$IMAGE_SIZE")
 [ -n "${MODEL:-}" ] && options+=(--model_name_or_path "$MODEL")
+[ -n "${MASKED_PIXELS:-}" ] && options+=(--masked_pixels "$MASKED_PIXELS")
 [ -n "${MINUTES:-}" ] && options+=(--max_train_minutes "$MINUTES")
 
 python3 -m accelerate.commands.launch --num_processes "${PROCESSES:-1}" --num_machines 1 --mixed_precision bf16 \
