@@ -8,6 +8,8 @@
 // enough.
 #pragma once
 
+#include <type_traits>
+
 #include "ampere/ptx.cuh"
 
 namespace flash_models {
@@ -30,6 +32,14 @@ template <>
 __device__ __forceinline__ uint32_t pack<__half>(float x, float y) {
   const __half2 v = __floats2half2_rn(x, y);
   return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+// The products of the two elements of either word.
+template <typename T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t x, uint32_t y) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const Pair product = __hmul2(reinterpret_cast<const Pair&>(x), reinterpret_cast<const Pair&>(y));
+  return reinterpret_cast<const uint32_t&>(product);
 }
 
 template <typename T, int kRows_, int kDim_>

@@ -9,9 +9,15 @@
 //        dP^T = V dO^T       dS^T = P^T * (dP^T - delta)                 dK += scale dS^T Q      dQ += scale dS K
 //   2. The fp32 sum of dQ, added up by L2, is scaled and rounded. In deterministic mode 1. leaves dQ to bwd_dq_sm80.cu.
 //
+//   dQ needs the dS^T of all consumers and waits for it until the next tile, so that none of them waits for another and
+//   one's softmax runs under the products of the others:
+//
+//   tensor cores   S^T, dQ of the last tile | dP^T        |      | dV, dK     | S^T, dQ ...
+//   other units                             | add dQ, P^T | dS^T | store dS^T |
+//
 //   shared memory   K | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | shift | delta
 //   registers       S^T, dP^T 64 x kTileQ, dK, dV 64 x kDim, dQ 64 x kDqDim, fp32, per warpgroup
-//   barriers        full, empty: as in fwd_sm90.cu; named barrier 1: all consumers have written dS^T
+//   barriers        full, empty: as in fwd_sm90.cu; ds_full: all consumers have written dS^T
 #include "dispatch.cuh"
 #include "dq_sum.cuh"
 #include "dropout.cuh"
@@ -44,7 +50,7 @@ struct BackwardShared {
   using Query = PanelTile<T, kTileQ, Config::kDim>;
   using Scores = PanelTile<T, Config::kTileK, kTileQ>;
   static constexpr int kTiles = 2 * Key::kBytes + 2 * kStages * Query::kBytes + 2 * Scores::kBytes;
-  static constexpr int kRows = kTiles + 2 * kStages * kTileQ * 4, kBytes = kRows + 8 * (2 + 4 * kStages);
+  static constexpr int kRows = kTiles + 2 * kStages * kTileQ * 4, kBytes = kRows + 8 * (4 + 4 * kStages);
   uint32_t base;
 
   __device__ __forceinline__ Key k() const { return {base}; }
@@ -59,7 +65,8 @@ struct BackwardShared {
 
   __device__ __forceinline__ uint32_t kv_full() const { return base + kRows; }
   __device__ __forceinline__ uint32_t raw() const { return base + kRows + 8; }
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return base + kRows + 16 + 8 * stage; }
+  __device__ __forceinline__ uint32_t ds_full(int buffer) const { return base + kRows + 16 + 8 * buffer; }
+  __device__ __forceinline__ uint32_t q_full(int stage) const { return base + kRows + 32 + 8 * stage; }
   __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kStages + stage); }
   __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_full(2 * kStages + stage); }
   __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kStages + stage); }
@@ -67,6 +74,7 @@ struct BackwardShared {
   __device__ __forceinline__ void init_barriers() const {
     ptx::mbarrier_init(kv_full(), 2);  // K and V
     ptx::mbarrier_init(raw(), 1);
+    for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), 4 * Config::kWarpgroups);
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(q_full(stage), 1 + 32);  // Q, and each producer lane's part of shift and delta
       ptx::mbarrier_init(dout_full(stage), 1);
@@ -157,9 +165,6 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   // This warpgroup's share of the dQ of a query tile.
   const int query0 = kTileQ == Config::kTileK ? 64 * warpgroup : 0, dim0 = kDqDim == kDim ? 0 : kDqDim * warpgroup;
   const float scale_log2 = p.scale * kLog2e;
-  auto release = [&](uint32_t barrier) {
-    if (lane.id == 0) ptx::mbarrier_arrive(barrier);
-  };
   auto pair_of = [&](uint32_t rows, int n) {  // the values of this lane's two queries in fragment n
     return *static_cast<const float2*>(__cvta_shared_to_generic(rows + 4 * (8 * n + lane.col)));
   };
@@ -171,8 +176,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   clear(dk);
   clear(dv);
   Ring<Config::kStages> ring;
-  int buffer = 0;
-  ptx::mbarrier_wait(shared.kv_full(), 0);
+  Ring<2> written;  // dS^T of the last tile
 
   KeepTransposed<2, kN> keep;
   const Dropout dropout(p, tile.place.batch * p.heads + head);
@@ -180,21 +184,40 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     if constexpr (kDropout)
       if (position < tile.walk.count) keep.draw(dropout, tile.walk.tile(position) * kTileQ, k0, lane);
   };
-  int position = tile.walk.next(0);
-  draw(position);
+  auto multiply_dq = [&](auto& dq, bool first) {
+    if (!first) ptx::mbarrier_wait(shared.ds_full(written.stage), written.parity);
+    ptx::wgmma_fence();
+    multiply_transposed<T>(dq, shared.ds(written.stage), query0, shared.k(), dim0);
+    ptx::wgmma_commit();
+    if (!first) written.advance();
+  };
+  auto add_dq = [&](const auto& dq, int q0) {
+    if (g.dq_sum == nullptr || q0 + query0 >= q_len) return;
+    float* sum = dq_sum + int64_t{q0} * kDim;
+#pragma unroll
+    for (int n = 0; n < kDqDim / 8; ++n) ptx::red_add_fragment(sum + 128 * n, lane.id, dq[0][n]);
+  };
 
+  int buffer = 0, last_q0 = q_len;  // no tile yet
+  int position = tile.walk.next(0);
+  bool first = true;
+  draw(position);
+  ptx::mbarrier_wait(shared.kv_full(), 0);
   while (position < tile.walk.count) {
     const int q0 = tile.walk.tile(position) * kTileQ, stage = ring.stage;
-    float scores[1][kN][4], dp[1][kN][4];
+    float scores[1][kN][4], dp[1][kN][4], dq[1][kDqDim / 8][4];
     ptx::mbarrier_wait(shared.q_full(stage), ring.parity);
     ptx::wgmma_fence();
     multiply_rows<T>(scores, shared.k(), 64 * warpgroup, shared.q(stage));
     ptx::wgmma_commit();
+    multiply_dq(dq, first);
+    ptx::wgmma_wait<0>();
+    add_dq(dq, last_q0);
+    last_q0 = q0;
     ptx::mbarrier_wait(shared.dout_full(stage), ring.parity);
+    ptx::wgmma_fence();
     multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(stage));
     ptx::wgmma_commit();
-
-    ptx::wgmma_wait<1>();
     if (!tile.visible.all(q0, k0, 16) || q0 + kTileQ > q_len)
       mask_transposed(scores, tile.visible, q_len, q0, k0, lane);
 #pragma unroll
@@ -205,48 +228,50 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
         scores[0][n][i] = ptx::exp2_approx(fmaf(scores[0][n][i], scale_log2, -(i % 2 ? shift.y : shift.x)));
     }
     ptx::wgmma_wait<0>();
+
+    uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const float2 delta = pair_of(shared.delta(stage), n);
+      const uint32_t undropped = pack<T>(-delta.x, -delta.y);
+      const float scale = kDropout ? p.keep_scale : 1.0f;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool kept = !kDropout || keep.kept(i / 2, n, i % 2);
-        const float dropped = kept ? dp[0][n][i] : 0.0f, scale = kDropout ? p.keep_scale : 1.0f;
-        dp[0][n][i] = scores[0][n][i] * fmaf(dropped, scale, -(i % 2 ? delta.y : delta.x));
-        if (!kept) scores[0][n][i] = 0.0f;
+      for (int half = 0; half < 2; ++half) {
+        const float *prob = scores[0][n] + 2 * half, *dprob = dp[0][n] + 2 * half;
+        const uint32_t kept = kDropout ? keep.mask(half, n) : ~0u, probability = pack<T>(prob[0], prob[1]);
+        const uint32_t difference = pack<T>(fmaf(dprob[0], scale, -delta.x), fmaf(dprob[1], scale, -delta.y));
+        ds[n / 2][2 * (n % 2) + half] = multiply_pairs<T>(probability, (difference & kept) | (undropped & ~kept));
+        probabilities[n / 2][2 * (n % 2) + half] = probability & kept;
       }
     }
-    uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
-    pack_operands<T>(probabilities, scores);
-    pack_operands<T>(ds, dp);
 
     ptx::wgmma_fence();
     multiply_columns<T>(dv, probabilities, shared.dout(stage), true);
     ptx::wgmma_commit();
-    // The buffer was last read two steps ago, and every consumer has waited for that product before the last barrier.
+    multiply_columns<T>(dk, ds, shared.q(stage), true);
+    ptx::wgmma_commit();
+    // What the other consumers still read of the buffer they have read before they wrote to the other one, and that was
+    // waited for with dQ above.
 #pragma unroll
     for (int k = 0; k < kN / 2; ++k) shared.ds(buffer).store_operand(row0, 16 * k, ds[k], lane.id);
     ptx::fence_proxy_async();
-    ptx::named_barrier_sync(1, 128 * Config::kWarpgroups);
-    float dq[1][kDqDim / 8][4];
-    ptx::wgmma_fence();
-    multiply_transposed<T>(dq, shared.ds(buffer), query0, shared.k(), dim0);
-    ptx::wgmma_commit();
-    multiply_columns<T>(dk, ds, shared.q(stage), true);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
-    release(shared.dout_empty(stage));
-    if (g.dq_sum != nullptr && q0 + query0 < q_len) {
-      float* sum = dq_sum + int64_t{q0} * kDim;
-#pragma unroll
-      for (int n = 0; n < kDqDim / 8; ++n) ptx::red_add_fragment(sum + 128 * n, lane.id, dq[0][n]);
-    }
+    __syncwarp();
+    ptx::mbarrier_arrive_warp(shared.ds_full(buffer));
     buffer ^= 1;
     position = tile.walk.next(position + 1);
     draw(position);
+    ptx::wgmma_wait<1>();
+    ptx::mbarrier_arrive_warp(shared.dout_empty(stage));
     ptx::wgmma_wait<0>();
-    release(shared.q_empty(stage));
+    ptx::mbarrier_arrive_warp(shared.q_empty(stage));
     ring.advance();
+    first = false;
+  }
+  if (!first) {
+    float dq[1][kDqDim / 8][4];
+    multiply_dq(dq, false);
+    ptx::wgmma_wait<0>();
+    add_dq(dq, last_q0);
   }
 
   const float dv_factor[1][2] = {{kDropout ? p.keep_scale : 1.0f, kDropout ? p.keep_scale : 1.0f}};

@@ -105,6 +105,13 @@ struct KeepTransposed {
     const int patch = queries / 2, bit = 16 * second + 8 * (queries % 2) + 7 - keys - kKeys * (patch % kPerWord);
     return word[patch / kPerWord] >> bit & 1u;
   }
+
+  // The same for both queries of a lane, as the 16-bit halves of a word: all ones where kept.
+  __device__ __forceinline__ uint32_t mask(int keys, int queries) const {
+    const int patch = queries / 2;
+    const uint32_t signs = word[patch / kPerWord] << (keys + kKeys * (patch % kPerWord));
+    return queries % 2 == 0 ? ptx::byte_signs<0xAA88>(signs) : ptx::byte_signs<0xBB99>(signs);
+  }
 };
 
 }  // namespace flash_models

@@ -6,12 +6,12 @@
 // A CTA owns a tile of 64 * kWarpgroups queries of one head at a time. One warp is the producer: it keeps the rings of
 // K and V tiles full. Each of kWarpgroups consumers owns 64 rows and all keys:
 //
-//   tensor cores   S1 = Q K1^T | O += P0 V0 | S2 = Q K2^T | O += P1 V1 | ...
-//   other units                  softmax S1 ............... softmax S2 ......     (products of one tile run under the
-//                                                                                  softmax of the next)
-// and the consumers take turns in issuing their products, so that one's softmax also runs under another's products.
+//   consumer 1   S1 = Q K1^T, O += P0 V0 | softmax S1             | S2 = Q K2^T, O += P1 V1 | softmax S2 ...
+//   consumer 2   softmax S0              | S1 = Q K1^T, O += P0 V0 | softmax S1             | S2 = ...
 //
-//   shared memory   Q [kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | barriers
+// They take turns in issuing their products, so that one's softmax runs under the others' products.
+//
+//   shared memory   Q [2][kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | barriers
 //   registers       scores 64 x kTileK, output 64 x kDim, fp32, and probabilities 64 x kTileK, 16 bits, per warpgroup
 //   barriers        full: the copy engine has written a tile. empty: every consumer warp has read it.
 #include <algorithm>
@@ -46,26 +46,28 @@ struct ForwardShared {
   static constexpr int kStages = Config::kStages;
   using Query = PanelTile<T, Config::kTileQ, Config::kDim>;
   using Key = PanelTile<T, Config::kTileK, Config::kDim>;
-  static constexpr int kTiles = Query::kBytes + 2 * kStages * Key::kBytes, kBytes = kTiles + 8 * (3 + 4 * kStages);
+  static constexpr int kTiles = 2 * Query::kBytes + 2 * kStages * Key::kBytes, kBytes = kTiles + 8 * (5 + 4 * kStages);
   uint32_t base;
 
-  __device__ __forceinline__ Query q() const { return {base}; }
-  __device__ __forceinline__ Key k(int stage) const { return {base + Query::kBytes + stage * Key::kBytes}; }
-  __device__ __forceinline__ Key v(int stage) const { return {base + Query::kBytes + (kStages + stage) * Key::kBytes}; }
+  __device__ __forceinline__ Query q(int stage) const { return {base + stage * Query::kBytes}; }
+  __device__ __forceinline__ Key k(int stage) const { return {base + 2 * Query::kBytes + stage * Key::kBytes}; }
+  __device__ __forceinline__ Key v(int stage) const { return k(kStages + stage); }
 
-  __device__ __forceinline__ uint32_t q_full() const { return base + kTiles; }
-  __device__ __forceinline__ uint32_t q_empty() const { return base + kTiles + 8; }
-  __device__ __forceinline__ uint32_t raw() const { return base + kTiles + 16; }
-  __device__ __forceinline__ uint32_t k_full(int stage) const { return base + kTiles + 24 + 8 * stage; }
+  __device__ __forceinline__ uint32_t raw() const { return base + kTiles; }
+  __device__ __forceinline__ uint32_t q_full(int stage) const { return base + kTiles + 8 + 8 * stage; }
+  __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(2 + stage); }
+  __device__ __forceinline__ uint32_t k_full(int stage) const { return q_full(4 + stage); }
   __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kStages + stage); }
   __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kStages + stage); }
   __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kStages + stage); }
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
-    ptx::mbarrier_init(q_full(), 1);
-    ptx::mbarrier_init(q_empty(), kConsumerWarps);
     ptx::mbarrier_init(raw(), 1);
+    for (int stage = 0; stage < 2; ++stage) {
+      ptx::mbarrier_init(q_full(stage), 1);
+      ptx::mbarrier_init(q_empty(stage), kConsumerWarps);
+    }
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(k_full(stage), 1);
       ptx::mbarrier_init(v_full(stage), 1);
@@ -126,8 +128,8 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
   using Shared = ForwardShared<T, Config>;
   const Shared shared{ptx::swizzled_shared()};
   Producer producer{shared.raw()};
+  Ring<2> queries;
   Ring<Config::kStages> ring;
-  uint32_t q_parity = 1;
   for (int number = schedule.first(); number < schedule.count; number = schedule.next(number)) {
     const QueryTile<Config> tile(p, schedule, number);
     int position = tile.walk.next(0);
@@ -135,10 +137,10 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
     const int batch = p.cu_seqlens_q != nullptr ? 0 : tile.place.batch;  // packed tensors have one
     const int key_begin = static_cast<int>(tile.s.k_begin);
 
-    ptx::mbarrier_wait(shared.q_empty(), q_parity);
-    q_parity ^= 1;
-    producer.load(shared.q(), maps.q, shared.q_full(), static_cast<int>(tile.s.q_begin) + tile.q0, tile.place.head,
-                  batch);
+    ptx::mbarrier_wait(shared.q_empty(queries.stage), queries.parity ^ 1);
+    producer.load(shared.q(queries.stage), maps.q, shared.q_full(queries.stage),
+                  static_cast<int>(tile.s.q_begin) + tile.q0, tile.place.head, batch);
+    queries.advance();
     for (; position < tile.walk.count; position = tile.walk.next(position + 1), ring.advance()) {
       const int k0 = tile.walk.tile(position) * Config::kTileK;
       ptx::mbarrier_wait(shared.k_empty(ring.stage), ring.parity ^ 1);
@@ -157,11 +159,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
   const Lane lane;
   const int warpgroup = warpgroup_of_thread() - 1, row0 = 64 * warpgroup + threadIdx.x % 128 / 32 * 16;
   const float scale_log2 = p.scale * kLog2e;
-  auto release = [&](uint32_t barrier) {
-    if (lane.id == 0) ptx::mbarrier_arrive(barrier);
-  };
+  Ring<2> queries;
   Ring<Config::kStages> keys, values;
-  uint32_t q_parity = 0;
   if (warpgroup == Config::kWarpgroups - 1) Turns<Config::kWarpgroups>::pass(warpgroup);
 
   for (int number = schedule.first(); number < schedule.count; number = schedule.next(number)) {
@@ -175,15 +174,15 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
     const Dropout dropout(p, tile.place.batch * p.heads + head);
     clear(out);
 
-    // Between the products of a tile: scores become probabilities. Returns whether the output is to be rescaled.
-    auto soften = [&](int k0) {
+    auto mask = [&](int k0) {
       if (!tile.visible.all(q0, k0, kTileK)) mask_scores(scores, tile.visible, q0, k0, lane);
-      const bool moved = softmax.advance(scores, factor, scale_log2);
-      softmax.exponentiate(scores, scale_log2);
-      return moved;
     };
-    auto pack = [&] {
-      pack_operands<T>(probabilities, scores);
+    auto move = [&] {
+      softmax.move(scores, factor, scale_log2);
+      rescale(out, factor);
+    };
+    auto exponentiate = [&] {
+      while (!softmax.template exponentiate<T>(scores, probabilities, scale_log2)) move();
       if constexpr (kDropout) keep.drop(probabilities);
     };
     auto draw = [&](int k0) {
@@ -192,51 +191,50 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
 
     int position = tile.walk.next(0);
     if (position < tile.walk.count) {
-      ptx::mbarrier_wait(shared.q_full(), q_parity);
-      q_parity ^= 1;
+      ptx::mbarrier_wait(shared.q_full(queries.stage), queries.parity);
       ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
       ptx::wgmma_fence();
-      multiply_rows<T>(scores, shared.q(), 64 * warpgroup, shared.k(keys.stage));
+      multiply_rows<T>(scores, shared.q(queries.stage), 64 * warpgroup, shared.k(keys.stage));
       ptx::wgmma_commit();
       int k0 = tile.walk.tile(position) * kTileK;
       draw(k0);
       ptx::wgmma_wait<0>();
-      release(shared.k_empty(keys.stage));
+      ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
       keys.advance();
-      soften(k0);
-      pack();
+      mask(k0);
+      move();
+      exponentiate();
 
       while ((position = tile.walk.next(position + 1)) < tile.walk.count) {
         k0 = tile.walk.tile(position) * kTileK;
         ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
+        ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
         Turns<Config::kWarpgroups>::take(warpgroup);
         ptx::wgmma_fence();
-        multiply_rows<T>(scores, shared.q(), 64 * warpgroup, shared.k(keys.stage));
+        multiply_rows<T>(scores, shared.q(queries.stage), 64 * warpgroup, shared.k(keys.stage));
         ptx::wgmma_commit();
-        ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
-        ptx::wgmma_fence();
         multiply_columns<T>(out, probabilities, shared.v(values.stage), true);
         ptx::wgmma_commit();
         Turns<Config::kWarpgroups>::pass(warpgroup);
         draw(k0);
         ptx::wgmma_wait<1>();
-        release(shared.k_empty(keys.stage));
+        ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
         keys.advance();
-        const bool moved = soften(k0);
+        mask(k0);
         ptx::wgmma_wait<0>();
-        release(shared.v_empty(values.stage));
+        ptx::mbarrier_arrive_warp(shared.v_empty(values.stage));
         values.advance();
-        if (moved) rescale(out, factor);
-        pack();
+        exponentiate();
       }
-      release(shared.q_empty());
+      ptx::mbarrier_arrive_warp(shared.q_empty(queries.stage));
+      queries.advance();
 
       ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
       ptx::wgmma_fence();
       multiply_columns<T>(out, probabilities, shared.v(values.stage), true);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
-      release(shared.v_empty(values.stage));
+      ptx::mbarrier_arrive_warp(shared.v_empty(values.stage));
       values.advance();
     }
 

@@ -3,9 +3,11 @@
 // Online softmax over key tiles (Milakov & Gimelshein 2018; FlashAttention, arXiv 2205.14135, Algorithm 1, lines 10-13)
 // on accumulator fragments. Scores stay unscaled; the scale enters as scale * log2(e) inside one multiply-add of exp2.
 //
-// The running maximum may lag: any reference point gives the same quotient, so it moves only once a score has outgrown
-// it by 2^8 (P then stays below 256, exact enough in 16 bits and far from overflow). After a row's first tiles that is
-// rare, and a warp in which no row moves skips the rescaling of its output.
+// The running maximum may lag: any reference point gives the same quotient, so it moves only once scores have outgrown
+// it by far (P then stays below 2^8 or 2^10, exact enough in 16 bits and far from overflow). After a row's first tile
+// that is rare, and a warp in which no row moves skips the rescaling of its output. The Hopper kernel goes one step
+// further: it does not even look for the maximum, as the sum of the probabilities, needed anyway, tells when one has
+// outgrown.
 #pragma once
 
 #include "ampere/tile.cuh"
@@ -39,9 +41,10 @@ __device__ __forceinline__ void mask_scores(float (&s)[kM][kN][4], const Visible
 // State of the rows a lane shares with the other three lanes of its quad: kM fragments of two rows each.
 template <int kM>
 struct OnlineSoftmax {
-  static constexpr float kMaxGrowthLog2 = 8.0f;
+  static constexpr float kMaxGrowthLog2 = 8.0f, kMaxSum = 1024.0f;
   float max[kM][2];  // reference point of the unscaled scores
   float sum[kM][2];  // this lane's part of the running sum of exp2((s - max) * scale_log2)
+  bool moved = false;
 
   __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
@@ -53,32 +56,25 @@ struct OnlineSoftmax {
   template <int kN>
   __device__ __forceinline__ bool advance(const float (&s)[kM][kN][4], float (&factor)[kM][2], float scale_log2) {
     float top[kM][2];
+    find_tops(s, top);
     bool outgrown = false;
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
+    for (int m = 0; m < kM; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float x = s[m][0][2 * half];
-#pragma unroll
-        for (int n = 0; n < kN; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-        top[m][half] = x;
-        outgrown = outgrown || (x - max[m][half]) * scale_log2 > kMaxGrowthLog2;  // false for -inf - -inf
-      }
-    }
+      for (int half = 0; half < 2; ++half)  // false for -inf - -inf
+        outgrown = outgrown || (top[m][half] - max[m][half]) * scale_log2 > kMaxGrowthLog2;
     if (!__any_sync(~0u, outgrown)) return false;
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float next = fmaxf(max[m][half], top[m][half]);
-        factor[m][half] = ptx::exp2_approx(max[m][half] * scale_log2 - finite_shift(next, scale_log2));
-        max[m][half] = next;
-        sum[m][half] *= factor[m][half];
-      }
-    }
+    move_to(top, factor, scale_log2);
     return true;
+  }
+
+  // Moves `max` to the largest score so far. What was accumulated is then to be multiplied by `factor`.
+  template <int kN>
+  __device__ __forceinline__ void move(const float (&s)[kM][kN][4], float (&factor)[kM][2], float scale_log2) {
+    float top[kM][2];
+    find_tops(s, top);
+    move_to(top, factor, scale_log2);
+    moved = true;
   }
 
   // Turns scores into probabilities relative to `max`.
@@ -103,6 +99,35 @@ struct OnlineSoftmax {
     }
   }
 
+  // Rounds the probabilities of scores relative to `max` to the A operands of the products that follow. Returns false
+  // where a row of the warp has outgrown `max`, or has none yet: `move` it and try again.
+  template <typename T, int kN>
+  __device__ __forceinline__ bool exponentiate(const float (&s)[1][kN][4], uint32_t (&a)[kN / 2][4], float scale_log2) {
+    const float shift[2] = {finite_shift(max[0][0], scale_log2), finite_shift(max[0][1], scale_log2)};
+    float total[2][2] = {};
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float x = ptx::exp2_approx(fmaf(s[0][n][2 * half], scale_log2, -shift[half]));
+        const float y = ptx::exp2_approx(fmaf(s[0][n][2 * half + 1], scale_log2, -shift[half]));
+        total[half][n % 2] += x + y;
+        a[n / 2][2 * (n % 2) + half] = pack<T>(x, y);
+      }
+    }
+    bool outgrown = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      total[half][0] += total[half][1];
+      outgrown = outgrown || total[half][0] > kMaxSum || max[0][half] == -INFINITY;
+    }
+    if (!moved && __any_sync(~0u, outgrown)) return false;
+    moved = false;
+    sum[0][0] += total[0][0];
+    sum[0][1] += total[1][0];
+    return true;
+  }
+
   // Adds up the quad. Afterwards factor[m][half] normalises a row of the output, 0 for a row without a visible key.
   __device__ __forceinline__ void finish(float (&factor)[kM][2], float keep_scale) {
 #pragma unroll
@@ -121,6 +146,34 @@ struct OnlineSoftmax {
   }
 
  private:
+  template <int kN>
+  static __device__ __forceinline__ void find_tops(const float (&s)[kM][kN][4], float (&top)[kM][2]) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x = s[m][0][2 * half];
+#pragma unroll
+        for (int n = 0; n < kN; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+        top[m][half] = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void move_to(const float (&top)[kM][2], float (&factor)[kM][2], float scale_log2) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float next = fmaxf(max[m][half], top[m][half]);
+        factor[m][half] = ptx::exp2_approx(max[m][half] * scale_log2 - finite_shift(next, scale_log2));
+        max[m][half] = next;
+        sum[m][half] *= factor[m][half];
+      }
+    }
+  }
+
   // A row without a visible key so far keeps max = -inf; subtracting 0 instead leaves exp2(-inf) = 0 and no NaN.
   static __device__ __forceinline__ float finite_shift(float max, float scale_log2) {
     return max == -INFINITY ? 0.0f : max * scale_log2;

@@ -72,6 +72,10 @@ inline void mbarrier_arrive(uint32_t address) {
   end_phase(barrier);
 }
 
+inline void mbarrier_arrive_warp(uint32_t address) {
+  if (emulation::thread % 32 == 0) mbarrier_arrive(address);
+}
+
 inline void mbarrier_arrive_expect(uint32_t address, int bytes) {
   barriers.at(address).bytes += bytes;
   mbarrier_arrive(address);
