@@ -46,7 +46,7 @@ def visible(block_sparse, length, device, *, causal=False, num_heads=2):
 
 
 def additive(mask, dtype):
-    return mask.logical_not() * torch.finfo(dtype).min
+    return mask.logical_not().to(dtype) * torch.finfo(dtype).min
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -248,7 +248,7 @@ def test_push_to_hub(bert, tmp_path, monkeypatch):
 
 
 def test_hub_dataset_with_class_labels(bert, tmp_path):
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     labels = datasets.List(datasets.ClassLabel(names=["sun", "rain"]))
     features = datasets.Features({"text": datasets.List(datasets.Value("string")), "labels": labels})

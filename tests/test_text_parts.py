@@ -8,7 +8,6 @@ import lzma
 import tarfile
 from pathlib import Path
 
-import datasets
 import evaluate
 import numpy as np
 import pytest
@@ -138,6 +137,7 @@ def test_a_split_keeps_the_shares_of_the_classes(tmp_path):
 
 
 def test_class_numbers_of_a_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
     labels = datasets.ClassLabel(names=["no", "yes"])
     features = datasets.Features({"text": datasets.Value("string"), "label": labels})
     data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, -1, 0]}, features=features)
