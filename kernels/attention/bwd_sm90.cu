@@ -7,7 +7,7 @@
 //      of the products that follow; dS^T alone also goes to shared memory, where dQ needs it from all keys:
 //        S^T  = K Q^T        P^T  = exp2(scale log2(e) S^T - shift)      dV += P^T dO
 //        dP^T = V dO^T       dS^T = P^T * (dP^T - delta)                 dK += scale dS^T Q      dQ += scale dS K
-//   2. The fp32 sum of dQ, added up by L2, is scaled and rounded. In deterministic mode 1. leaves dQ to bwd_dq_sm80.cu.
+//   2. The fp32 sum of dQ, added up by the copy engine, is scaled and rounded. In deterministic mode 1. leaves dQ to bwd_dq_sm80.cu.
 //
 //   dQ needs the dS^T of all consumers and waits for it until the next tile, so that none of them waits for another and
 //   one's softmax runs under the products of the others:
@@ -49,7 +49,8 @@ struct BackwardShared {
   using Key = PanelTile<T, Config::kTileK, Config::kDim>;
   using Query = PanelTile<T, kTileQ, Config::kDim>;
   using Scores = PanelTile<T, Config::kTileK, kTileQ>;
-  static constexpr int kTiles = 2 * Key::kBytes + 2 * kStages * Query::kBytes + 2 * Scores::kBytes;
+  static constexpr int kScores = 2 * Key::kBytes + 2 * kStages * Query::kBytes, kDq = kScores + 2 * Scores::kBytes;
+  static constexpr int kWarpDqBytes = 16 * Config::kDqDim * 4, kTiles = kDq + 4 * Config::kWarpgroups * kWarpDqBytes;
   static constexpr int kRows = kTiles + 2 * kStages * kTileQ * 4, kBytes = kRows + 8 * (4 + 4 * kStages);
   uint32_t base;
 
@@ -58,8 +59,9 @@ struct BackwardShared {
   __device__ __forceinline__ Query q(int stage) const { return {base + 2 * Key::kBytes + stage * Query::kBytes}; }
   __device__ __forceinline__ Query dout(int stage) const { return q(kStages + stage); }
   __device__ __forceinline__ Scores ds(int buffer) const {
-    return {base + 2 * Key::kBytes + 2 * kStages * Query::kBytes + buffer * Scores::kBytes};
+    return {base + kScores + buffer * Scores::kBytes};
   }
+  __device__ __forceinline__ uint32_t dq(int warp) const { return base + kDq + warp * kWarpDqBytes; }
   __device__ __forceinline__ uint32_t shift(int stage) const { return base + kTiles + stage * kTileQ * 4; }
   __device__ __forceinline__ uint32_t delta(int stage) const { return shift(kStages + stage); }
 
@@ -159,7 +161,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   constexpr int kDim = Config::kDim, kTileQ = Config::kTileQ, kDqDim = Config::kDqDim, kN = kTileQ / 8;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
   const KeyTile<Config> tile(p, key_tiles);
-  const Lane lane;
+  const Lane lane{ptx::lane_id()};
   const int warpgroup = warpgroup_of_thread() - 1, warp = threadIdx.x % 128 / 32, row0 = 64 * warpgroup + 16 * warp;
   const int k0 = tile.k0 + row0, q_len = static_cast<int>(tile.s.q_len), head = tile.place.head;
   // This warpgroup's share of the dQ of a query tile.
@@ -191,11 +193,18 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     ptx::wgmma_commit();
     if (!first) written.advance();
   };
-  auto add_dq = [&](const auto& dq, int q0) {
-    if (g.dq_sum == nullptr || q0 + query0 >= q_len) return;
-    float* sum = dq_sum + int64_t{q0} * kDim;
+  // On its way to L2 dQ passes through shared memory, so that it leaves registers at once.
+  const uint32_t dq_shared = shared.dq(4 * warpgroup + warp);
+  auto store_dq = [&](const auto& dq) {
+    ptx::bulk_wait_read_warp();
 #pragma unroll
-    for (int n = 0; n < kDqDim / 8; ++n) ptx::red_add_fragment(sum + 128 * n, lane.id, dq[0][n]);
+    for (int n = 0; n < kDqDim / 8; ++n)
+      *static_cast<float4*>(__cvta_shared_to_generic(dq_shared + 512 * n + 16 * lane.id)) = {dq[0][n][0], dq[0][n][1],
+                                                                                            dq[0][n][2], dq[0][n][3]};
+  };
+  auto add_dq = [&](int q0) {  // after a fence
+    if (g.dq_sum != nullptr && q0 + query0 < q_len)
+      ptx::bulk_add_warp(dq_sum + int64_t{q0} * kDim, dq_shared, BackwardShared<T, Config>::kWarpDqBytes);
   };
 
   int buffer = 0, last_q0 = q_len;  // no tile yet
@@ -212,8 +221,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     ptx::wgmma_commit();
     multiply_dq(dq, first);
     ptx::wgmma_wait<0>();
-    add_dq(dq, last_q0);
-    last_q0 = q0;
+    store_dq(dq);
     ptx::mbarrier_wait(shared.dout_full(stage), ring.parity);
     ptx::wgmma_fence();
     multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(stage));
@@ -255,9 +263,10 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
 #pragma unroll
     for (int k = 0; k < kN / 2; ++k) shared.ds(buffer).store_operand(row0, 16 * k, ds[k], lane.id);
     ptx::fence_proxy_async();
-    __syncwarp();
     ptx::mbarrier_arrive_warp(shared.ds_full(buffer));
     buffer ^= 1;
+    add_dq(last_q0);
+    last_q0 = q0;
     position = tile.walk.next(position + 1);
     draw(position);
     ptx::wgmma_wait<1>();
@@ -271,7 +280,10 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     float dq[1][kDqDim / 8][4];
     multiply_dq(dq, false);
     ptx::wgmma_wait<0>();
-    add_dq(dq, last_q0);
+    store_dq(dq);
+    ptx::fence_proxy_async();
+    __syncwarp();
+    add_dq(last_q0);
   }
 
   const float dv_factor[1][2] = {{kDropout ? p.keep_scale : 1.0f, kDropout ? p.keep_scale : 1.0f}};
@@ -281,6 +293,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   T* dv_out = static_cast<T*>(g.dv.data) + key_offset(g.dv, tile.s, tile.place.batch, head) + k0 * g.dv.seq;
   store_fragments<T>(dk, dk_factor, dk_out, g.dk.seq, rows, dims, lane);
   store_fragments<T>(dv, dv_factor, dv_out, g.dv.seq, rows, dims, lane);
+  ptx::bulk_wait_read_warp();
 }
 
 template <typename T, typename Config, bool kDropout>
@@ -315,10 +328,11 @@ __global__ void __launch_bounds__(128)
   const float* sum = dq_tile(p, g.dq_sum, s, place.batch, place.head, q0, kDim);
 #pragma unroll
   for (int share = 0; share < kDim / kDqDim; ++share) {
-    float dq[1][kDqDim / 8][4];
+    alignas(16) float dq[1][kDqDim / 8][4];
 #pragma unroll
     for (int n = 0; n < kDqDim / 8; ++n)
-      ptx::load_fragment(sum + (4 * share + warp) * 16 * kDqDim + 128 * n, lane.id, dq[0][n]);
+      reinterpret_cast<float4&>(dq[0][n]) =
+          reinterpret_cast<const float4*>(sum + (4 * share + warp) * 16 * kDqDim + 128 * n)[lane.id];
     store_fragments<T>(dq, factor, out + share * kDqDim, g.dq.seq, static_cast<int>(s.q_len) - row0,
                        static_cast<int>(p.head_dim) - share * kDqDim, lane);
   }

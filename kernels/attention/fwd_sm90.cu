@@ -186,7 +186,11 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
       if constexpr (kDropout) keep.drop(probabilities);
     };
     auto draw = [&](int k0) {
-      if constexpr (kDropout) keep.draw(dropout, q0, k0, lane);
+      if constexpr (kDropout) {
+        keep.draw(dropout, q0, k0, lane);
+#pragma unroll
+        for (uint32_t& word : keep.word[0]) ptx::compute_now(word);
+      }
     };
 
     int position = tile.walk.next(0);

@@ -31,8 +31,20 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// One arrival for the warp, which must be converged. "elect.sync" costs no register and no wait, unlike a lane's number.
+// This thread's lane, read once: from a plain threadIdx.x the compiler reads the special register again at every use,
+// which waits behind all that is under way to memory.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// Has x computed here, before what waits next, and not where it is used.
+__device__ __forceinline__ void compute_now(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
+// One arrival for the warp, once all its lanes are here.
 __device__ __forceinline__ void mbarrier_arrive_warp(uint32_t barrier) {
+  __syncwarp();
   asm volatile(
       "{\n"
       ".reg .pred leader;\n"
@@ -82,6 +94,26 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map
           "r"(shared),
       "l"(&map), "r"(dim), "r"(seq), "r"(head), "r"(batch), "r"(barrier)
       : "memory");
+}
+
+// "cp.reduce.async.bulk": adds `bytes` of shared memory, floats, to global memory, as one group of its issuer. Called by
+// a warp; one of its lanes issues.
+__device__ __forceinline__ void bulk_add_warp(float* global, uint32_t shared, int bytes) {
+  asm volatile(
+      "{\n"
+      ".reg .pred leader;\n"
+      "elect.sync _|leader, 0xffffffff;\n"
+      "@leader cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "@leader cp.async.bulk.commit_group;\n"
+      "}" ::"l"(global),
+      "r"(shared), "r"(bytes)
+      : "memory");
+}
+
+// Waits until the groups that this warp issued have read their shared memory.
+__device__ __forceinline__ void bulk_wait_read_warp() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  __syncwarp();
 }
 
 // "membar / fence": orders this thread's ordinary writes to shared memory before what the copy engine and wgmma read.

@@ -72,8 +72,34 @@ inline void mbarrier_arrive(uint32_t address) {
   end_phase(barrier);
 }
 
+inline void compute_now(uint32_t&) {}
+
+inline int lane_id() { return emulation::thread % 32; }
+
 inline void mbarrier_arrive_warp(uint32_t address) {
+  __syncwarp();
   if (emulation::thread % 32 == 0) mbarrier_arrive(address);
+}
+
+// Sums under way, by the thread that issued them; shared memory is read when it waits.
+struct BulkAdd {
+  float* global;
+  uint32_t shared;
+  int count;
+};
+inline std::map<int, std::vector<BulkAdd>> bulk_adds;
+
+inline void bulk_add_warp(float* global, uint32_t shared, int bytes) {
+  if (emulation::thread % 32 == 0) bulk_adds[emulation::thread].push_back({global, shared, bytes / 4});
+}
+
+inline void bulk_wait_read_warp() {
+  std::vector<BulkAdd>& mine = bulk_adds[emulation::thread];
+  for (const BulkAdd& add : mine)
+    for (int i = 0; i < add.count; ++i)
+      add.global[i] += static_cast<const float*>(__cvta_shared_to_generic(add.shared))[i];
+  mine.clear();
+  __syncwarp();
 }
 
 inline void mbarrier_arrive_expect(uint32_t address, int bytes) {
