@@ -7,7 +7,8 @@
 //      of the products that follow; dS^T alone also goes to shared memory, where dQ needs it from all keys:
 //        S^T  = K Q^T        P^T  = exp2(scale log2(e) S^T - shift)      dV += P^T dO
 //        dP^T = V dO^T       dS^T = P^T * (dP^T - delta)                 dK += scale dS^T Q      dQ += scale dS K
-//   2. The fp32 sum of dQ, added up by the copy engine, is scaled and rounded. In deterministic mode 1. leaves dQ to bwd_dq_sm80.cu.
+//   2. The fp32 sum of dQ, added up by the copy engine, is scaled and rounded. In deterministic mode 1. leaves dQ to
+//   bwd_dq_sm80.cu.
 //
 //   dQ needs the dS^T of all consumers and waits for it until the next tile, so that none of them waits for another and
 //   one's softmax runs under the products of the others:
@@ -58,9 +59,7 @@ struct BackwardShared {
   __device__ __forceinline__ Key v() const { return {base + Key::kBytes}; }
   __device__ __forceinline__ Query q(int stage) const { return {base + 2 * Key::kBytes + stage * Query::kBytes}; }
   __device__ __forceinline__ Query dout(int stage) const { return q(kStages + stage); }
-  __device__ __forceinline__ Scores ds(int buffer) const {
-    return {base + kScores + buffer * Scores::kBytes};
-  }
+  __device__ __forceinline__ Scores ds(int buffer) const { return {base + kScores + buffer * Scores::kBytes}; }
   __device__ __forceinline__ uint32_t dq(int warp) const { return base + kDq + warp * kWarpDqBytes; }
   __device__ __forceinline__ uint32_t shift(int stage) const { return base + kTiles + stage * kTileQ * 4; }
   __device__ __forceinline__ uint32_t delta(int stage) const { return shift(kStages + stage); }
@@ -200,7 +199,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
 #pragma unroll
     for (int n = 0; n < kDqDim / 8; ++n)
       *static_cast<float4*>(__cvta_shared_to_generic(dq_shared + 512 * n + 16 * lane.id)) = {dq[0][n][0], dq[0][n][1],
-                                                                                            dq[0][n][2], dq[0][n][3]};
+                                                                                             dq[0][n][2], dq[0][n][3]};
   };
   auto add_dq = [&](int q0) {  // after a fence
     if (g.dq_sum != nullptr && q0 + query0 < q_len)

@@ -290,13 +290,15 @@ void launch_forward(const AttentionProblem& p) {
 
 void attention_fwd_sm90(const AttentionProblem& p) {
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    // A query tile must lie within one block row.
-    // Three consumers leave each thread 160 registers: too few for more head dimensions or dropout. Tiles of 192 rows
-    // cut short sequences badly, and more so along a diagonal.
+    // Three consumers hide each other's waits best, but leave a thread 160 registers: too few for more head dimensions
+    // or dropout. Their tiles of 192 rows must not cut the sequence badly, and they cut short ones along a diagonal
+    // badly.
     constexpr bool kThreeFit = kDim <= 64 && !kDropout;
-    if (p.block_size == 64) {
+    const int64_t rows_of_three = 192 * ceil_div(p.seqlen_q, 192), rows_of_two = 128 * ceil_div(p.seqlen_q, 128);
+    const bool three = p.causal ? p.seqlen_q >= 4096 : 7 * rows_of_three <= 8 * rows_of_two;
+    if (p.block_size == 64) {  // a query tile must lie within one block row
       launch_forward<T, ForwardConfig<kDim, 1, 64>, kDropout>(p);
-    } else if (!kThreeFit || p.block_size == 128 || p.seqlen_q < (p.causal ? 4096 : 2048)) {
+    } else if (!kThreeFit || p.block_size == 128 || !three) {
       launch_forward<T, ForwardConfig<kDim, 2, 128>, kDropout>(p);
     } else if constexpr (kThreeFit) {
       launch_forward<T, ForwardConfig<kDim, 3, 128>, kDropout>(p);

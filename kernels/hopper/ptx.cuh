@@ -96,8 +96,8 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map
       : "memory");
 }
 
-// "cp.reduce.async.bulk": adds `bytes` of shared memory, floats, to global memory, as one group of its issuer. Called by
-// a warp; one of its lanes issues.
+// "cp.reduce.async.bulk": adds `bytes` of shared memory, floats, to global memory, as one group of its issuer. Called
+// by a warp; one of its lanes issues.
 __device__ __forceinline__ void bulk_add_warp(float* global, uint32_t shared, int bytes) {
   asm volatile(
       "{\n"
