@@ -137,6 +137,16 @@ def upload(args):
     print(commit.commit_url)
 
 
+def _kernel_arguments(add):
+    add("out", metavar="OUT", help="new folder for the kernel")
+
+
+def kernel(args):
+    from .hub_kernel import write_kernel
+
+    print(write_kernel(args.out))
+
+
 COMMANDS = {
     "info": (info, "Say what is installed and which kernels this machine uses.", _info_arguments),
     "convert": (
@@ -160,6 +170,13 @@ COMMANDS = {
         "with files that run code when they are loaded (*.bin, *.pt, *.pkl). If an upload is cut off, run the same\n"
         "command again: the repository stays as it was until all is there, and large files are not sent twice.",
         _upload_arguments,
+    ),
+    "kernel": (
+        kernel,
+        "Write the op alone in the layout of the package `kernels`.\n\n"
+        "`kernels.get_local_kernel(OUT).attention` is then flash_models.attention, without transformers;\n"
+        "`hf upload --type kernel` publishes the folder.",
+        _kernel_arguments,
     ),
 }
 
