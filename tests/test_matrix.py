@@ -142,7 +142,8 @@ def check_checkpointing(name, device):
         outputs.get("loss", next(iter(outputs.values()))).float().square().mean().backward()
         grads.append({key: w.grad.clone() for key, w in patched.named_parameters() if w.grad is not None})
     assert len(grads[0]) > 20
-    torch.testing.assert_close(*grads, atol=0 if device.type == "cpu" else 1e-3, rtol=0)
+    noise = 0 if device.type == "cpu" else 1e-2  # the order of sums in the backward pass on a GPU
+    torch.testing.assert_close(*grads, atol=noise, rtol=noise)
 
 
 def check_attention_weights(name, device):

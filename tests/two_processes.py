@@ -27,8 +27,7 @@ def step(model, optimizer, ids, backward=torch.Tensor.backward):
 
 
 def step_on_two(way, model, ids):
-    """Take the step; returns the module whose weights were trained."""
-    half = ids.chunk(2)[distributed.get_rank()]
+    """Take the step in DDP by accelerate or in FSDP2; returns the module whose weights were trained."""
     if way == "accelerate":
         accelerator = Accelerator()
         loader = DataLoader(ids, batch_size=EXAMPLES // 2)
@@ -37,13 +36,11 @@ def step_on_two(way, model, ids):
         for batch in loader:
             step(model, optimizer, batch, accelerator.backward)
         return accelerator.unwrap_model(model)
-    if way == "fsdp2":
-        for layer in model.bert.encoder.layer:
-            fully_shard(layer)
-        fully_shard(model)
-        assert all(isinstance(weight, DTensor) for weight in model.parameters())
-    run = DistributedDataParallel(model) if way == "ddp" else model
-    step(run, torch.optim.SGD(run.parameters(), lr=0.1), half)
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    assert all(isinstance(weight, DTensor) for weight in model.parameters())
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1), ids.chunk(2)[distributed.get_rank()])
     return model
 
 
