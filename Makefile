@@ -4,6 +4,7 @@
 # make demo      evaluate the Path-X checkpoint on 64 images: accuracy and a figure
 # make bench     time attention against PyTorch's own
 # make lint      what pre-commit checks; `make format` repairs what it can
+# make transformers-tests   what transformers' source distribution ships of its model tests, on these kernels
 # make kernels   only install, which rebuilds the kernels where a source changed
 # make sanitize  every CUDA kernel under compute-sanitizer: memory errors and races
 #
@@ -25,10 +26,19 @@ WITH_TOOLS = PATH="$(abspath $(VENV))/bin:$$PATH"
 READY = $(VENV)/.installed
 endif
 
-.PHONY: test demo bench sanitize lint format kernels clean
+.PHONY: test transformers-tests demo bench sanitize lint format kernels clean
 
 test: $(READY)
 	$(PY) -m pytest
+
+# -o addopts=: their marks are not ours
+transformers-tests: $(READY)
+	version=$$($(PY) -c "import transformers; print(transformers.__version__)"); \
+	mkdir -p build/transformers && $(PY) -m pip install --quiet parameterized && \
+	$(PY) -m pip download --quiet --no-deps --no-binary transformers --dest build/transformers transformers==$$version && \
+	tar -xzf build/transformers/transformers-$$version.tar.gz -C build/transformers && \
+	TRANSFORMERS_SOURCE=build/transformers/transformers-$$version \
+	    $(PY) -m pytest tests/test_transformers_suite.py -o addopts= -p no:warnings
 
 demo: $(READY)
 	$(PY) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \

@@ -13,7 +13,13 @@ def _constant_layout(fields, seqlen, num_heads, device):
     fields = dict(fields)
     if "heads" in fields:
         fields["heads"] = [dict(head) for head in fields["heads"]]
-    return layouts.from_config(fields, seqlen, seqlen, device, num_heads)
+    layout = layouts.from_config(fields, seqlen, seqlen, device, num_heads)
+    if torch.compiler.is_compiling():
+        # What torch._dynamo.mark_static does, which cannot be called while tracing. Else dynamic=True makes symbols of
+        # the sizes of these constants, to which no argument gives a value.
+        for lists in (layout.row_start, layout.row_index, layout.col_start, layout.col_index):
+            lists._dynamo_static_indices = {0, 1}
+    return layout
 
 
 def _constants(fields, num_global_tokens):

@@ -31,7 +31,7 @@ fragment = torch.library.Library("flash_models", "FRAGMENT")
 
 def _load():
     """(path of the library or None, why it is not in use or None)."""
-    path = importlib.resources.files("flash_models") / _NAME
+    path = importlib.resources.files(__package__) / _NAME
     if not path.is_file():
         return None, f"{_NAME} is not in the installed package: it was installed without a C++ compiler, or not built"
     try:
@@ -41,7 +41,7 @@ def _load():
     return os.fspath(path), None
 
 
-def _has_kernel(backend):
+def has_kernel(backend):
     return torch._C._dispatch_has_kernel_for_dispatch_key("flash_models::attention_fwd", backend)
 
 
@@ -76,7 +76,7 @@ def _missing(backend):
     """Why `backend` ("CPU" or "CUDA") has no kernel; None where it has."""
     if _load_error is not None:
         return _load_error
-    if not _has_kernel(backend):
+    if not has_kernel(backend):
         return f"{library_path} was built without {backend} kernels" + (" (no nvcc)" if backend == "CUDA" else "")
     return None
 

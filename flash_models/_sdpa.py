@@ -9,10 +9,10 @@ from ._library import no_kernel_reason
 
 def why_not_kernel(query, key, value, mask, position_bias):
     """The reason, as the end of a sentence, why the kernels do not take this call; None if they do."""
-    heads, head_dim = query.shape[1], query.shape[3]
+    _, heads, _, head_dim = query.shape
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    if mask is not None and mask.dim() == 4:
+    if mask is not None:
         return (
             "a 4-D attention mask (given by the caller, or needed for padding with holes, a static cache, or "
             "position_ids that may be packed, of a model that is not patched or was not given cu_seq_lens_q)"
@@ -75,27 +75,44 @@ def _combine(mask, visible, position_bias, dtype):
     return mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
 
 
-def sdpa_attention(query, key, value, mask, position_bias, causal, kv_range, packed, layout, dropout, scaling):
-    """PyTorch's attention under the same rules as the kernels; q, k, v (B, H, S, D), out (B, S, H, D).
+def sdpa_attention(
+    query, key, value, mask, position_bias, causal, kv_range, packed, layout, dropout, scaling, with_weights=False
+):
+    """PyTorch's attention under the same rules as the kernels; q, k, v (B, H, S, D).
 
-    mask: None, or 4-D, bool (True: visible) or additive, that holds causality already.
+    mask: None, or 4-D, bool (True: visible) or additive, that holds causality already. Returns (out (B, S, H, D),
+    weights (B, H, Sq, Sk) if `with_weights` else None).
     """
     q_length, k_length = query.shape[2], key.shape[2]
     causal = causal and mask is None and q_length > 1
     is_causal = False
-    if causal and kv_range is packed is layout is position_bias is None and q_length == k_length:
+    if causal and kv_range is packed is layout is position_bias is None and q_length == k_length and not with_weights:
         causal, is_causal = False, True
     visible = None
     if causal or not (kv_range is packed is layout is None):
         visible = _visible(q_length, k_length, causal, kv_range, packed, layout, query.device)
+    mask = _combine(mask, visible, position_bias, query.dtype)
+    if with_weights:
+        return _weighted(query, key, value, mask, dropout, scaling)
     out = scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=_combine(mask, visible, position_bias, query.dtype),
+        attn_mask=mask,
         dropout_p=dropout,
         is_causal=is_causal,
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2), None
+
+
+def _weighted(query, key, value, mask, dropout, scaling):
+    """Attention that keeps its weights, after dropout as in transformers: (out, weights)."""
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1).nan_to_num(0.0).to(query.dtype)  # a row that sees nothing is NaN, and is to be 0
+    weights = torch.dropout(weights, dropout, dropout > 0.0)
+    return (weights @ value).transpose(1, 2), weights

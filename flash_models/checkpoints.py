@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    parse_eval_result_entries,
+)
 from safetensors import SafetensorError, safe_open
 
 from . import models
@@ -106,6 +114,27 @@ def _eval_results(report, scored, pipeline_tag, title):
             )
 
 
+def _write_eval_results(folder, report, scored, dataset, source):
+    """Write the scores where the Hub looks for those of the benchmark `dataset`; None: that of the present file.
+
+    Of every result its first metric, under its name as the task of the benchmark.
+    """
+    path = folder / ".eval_results" / f"{report['task']}.yaml"
+    if dataset is None and path.is_file():
+        present = parse_eval_result_entries(yaml.safe_load(path.read_text("utf-8")))
+        dataset = present[0].dataset_id if present else None
+    if dataset is None:
+        return
+    entries = []
+    for key, result in scored.items():
+        metric = next(metric for metric in METRICS if metric in result)
+        notes = f"{METRICS[metric]}, {result['num_samples']} samples" if "num_samples" in result else METRICS[metric]
+        notes += f", from {source}"
+        entries.append(EvalResultEntry(dataset_id=dataset, task_id=key, value=result[metric], notes=notes))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), "utf-8")
+
+
 def _table(report, scored, source):
     lines = ["| data | metric | score | 95% interval | samples |", "|---|---|---|---|---|"]
     for key, result in scored.items():
@@ -146,13 +175,16 @@ def _body(folder, config, shipped):
     return "\n\n".join(parts) + "\n"
 
 
-def write_card(folder, results=None, license=None):
+def write_card(folder, results=None, license=None, dataset=None):
     """Write or update `folder`/README.md: metadata for the Hub, and the scores in `results`, a JSON file. Returns its
     path.
 
     What a person wrote stays: text outside of the lines between "<!-- results -->" and "<!-- /results -->", and
-    metadata fields that are set. Scores come from the file alone, never from an older card.
+    metadata fields that are set. Scores come from the file alone, never from an older card. dataset: the benchmark on
+    the Hub, ORG/NAME, that the scores belong to; they are then written to `folder`/.eval_results too.
     """
+    if dataset is not None and (results is None or dataset.count("/") != 1):
+        raise ValueError(f"a benchmark is named ORG/NAME and needs the scores of a results file; got {dataset!r}")
     folder = Path(folder).resolve()
     config = _read_json(folder / "config.json", "the configuration")
     shipped = CHECKPOINTS.get(folder.name)
@@ -180,6 +212,7 @@ def write_card(folder, results=None, license=None):
         after = rest.partition(RESULTS_END)[2]
         table = _table(report, scored, _shown(results))
         card.text = f"{before}{RESULTS_BEGIN}\n\n{table}\n\n{RESULTS_END}{after}"
+        _write_eval_results(folder, report, scored, dataset, _shown(results))
     ModelCardData(**data.to_dict())  # raises if the metadata would not load again
     card.save(path)
     return path

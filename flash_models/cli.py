@@ -11,6 +11,7 @@
 """  # noqa: E501 (a command stays on one line)
 
 import argparse
+import json
 import re
 import sys
 
@@ -54,6 +55,7 @@ def _convert_arguments(add):
         "max_length pixels (default: %(default)s)",
     )
     add("--revision", help="branch, tag or commit of MODEL on the Hub")
+    add("--block_sparse", metavar="JSON", help="a block-sparse pattern with all its fields, also one for each head")
     add(
         "--pattern",
         help="block-sparse pattern: local, local_global, bigbird, strided, butterfly or grid_2d (default: exact "
@@ -75,25 +77,31 @@ def convert(args):
     if args.pattern is None and fields:
         raise ValueError(f"--{', --'.join(fields)} belong to a block-sparse pattern; name it with --pattern")
     block_sparse = None if args.pattern is None else {"pattern": args.pattern, **fields}
+    if args.block_sparse is not None:
+        if block_sparse is not None:
+            raise ValueError("got --block_sparse and --pattern; give the pattern in one of the two ways")
+        block_sparse = json.loads(args.block_sparse)  # a mistake in it is a ValueError
 
     from .long_context import convert_checkpoint
 
     options = {"method": args.method, "block_sparse": block_sparse, "revision": args.revision}
     model = convert_checkpoint(args.model, args.out, args.max_length, **options)
     tokens = f"{model.config.max_position_embeddings:,} tokens"
-    print(f"{args.out}: {type(model).__name__}, {tokens}, attention {args.pattern or 'exact'}")
+    attention = "exact" if block_sparse is None else block_sparse["pattern"]
+    print(f"{args.out}: {type(model).__name__}, {tokens}, attention {attention}")
 
 
 def _card_arguments(add):
     add("folder", metavar="FOLDER", help="of the checkpoint, with its config.json")
     add("--results", metavar="JSON", help="all_results.json of an evaluation script: the scores of the card")
     add("--license", help="licence of the weights, such as apache-2.0, if the card does not name one yet")
+    add("--dataset", metavar="ORG/NAME", help="benchmark on the Hub to which the scores belong: fills .eval_results")
 
 
 def card(args):
     from .checkpoints import write_card
 
-    print(write_card(args.folder, args.results, args.license))
+    print(write_card(args.folder, args.results, args.license, args.dataset))
 
 
 def _upload_arguments(add):
@@ -129,6 +137,16 @@ def upload(args):
     print(commit.commit_url)
 
 
+def _kernel_arguments(add):
+    add("out", metavar="OUT", help="new folder for the kernel")
+
+
+def kernel(args):
+    from .hub_kernel import write_kernel
+
+    print(write_kernel(args.out))
+
+
 COMMANDS = {
     "info": (info, "Say what is installed and which kernels this machine uses.", _info_arguments),
     "convert": (
@@ -152,6 +170,13 @@ COMMANDS = {
         "with files that run code when they are loaded (*.bin, *.pt, *.pkl). If an upload is cut off, run the same\n"
         "command again: the repository stays as it was until all is there, and large files are not sent twice.",
         _upload_arguments,
+    ),
+    "kernel": (
+        kernel,
+        "Write the op alone in the layout of the package `kernels`.\n\n"
+        "`kernels.get_local_kernel(OUT).attention` is then flash_models.attention, without transformers;\n"
+        "`hf upload --type kernel` publishes the folder.",
+        _kernel_arguments,
     ),
 }
 

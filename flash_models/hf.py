@@ -10,15 +10,17 @@ import warnings
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, BertModel, GPT2Model
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.models.bert.modeling_bert import BertCrossAttention, BertPreTrainedModel, BertSelfAttention
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, GPT2PreTrainedModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2PreTrainedModel
 
 from . import layouts
 from ._config_layout import config_layout
 from ._sdpa import sdpa_attention, why_not_kernel
+from .models import hooks
 from .models.configuration import IO_AWARE
+from .models.hooks import may_look
 from .models.rotary import is_rotary, rotary_tables, rotate
 from .ops import attention
 
@@ -78,19 +80,23 @@ def attention_mask(
     if plain and not static and not kv_offset and fits:
         if attention_mask is None:
             return None
-        kv_range, holes = key_range(attention_mask)
-        if torch.compiler.is_compiling() or (attention_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not may_look(attention_mask):
+            kv_range, holes = key_range(attention_mask)
             torch._assert_async(~holes.any(), _HOLES)
             return kv_range
-        all_valid, any_holes = torch.stack([attention_mask.all(), holes.any()]).tolist()
-        if not any_holes:
-            return None if all_valid else kv_range
+        on_host = attention_mask.cpu()  # one wait and small work there, instead of a dozen kernels and a wait
+        if on_host.all():
+            return None
+        kv_range, holes = key_range(on_host)
+        if not holes.any():
+            return kv_range.to(attention_mask.device, non_blocking=True)
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
 
 
 def _is_self_attention(module):
-    return not (isinstance(module, BertCrossAttention) or getattr(module, "is_cross_attention", False))
+    # GPT-2's has an attribute; getattr would search parameters and submodules of those that have none
+    return not (isinstance(module, BertCrossAttention) or vars(module).get("is_cross_attention", False))
 
 
 def _packed_sequences(kwargs, query, key, is_self_attention):
@@ -145,11 +151,11 @@ def attention_forward(
 
     query (B, H, Sq, D), key and value (B, H, Sk, D), read in place through their strides. attention_mask: None, int32
     (B, 2) or 4-D, see `attention_mask`, or a 2-D bool key mask (B, Sk) whose valid keys are contiguous. Packed
-    sequences: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`. Returns (out (B, Sq, H, D), None):
-    attention weights are never formed.
+    sequences: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`. Returns (out (B, Sq, H, D), weights):
+    None, because the kernels never form them, or with `output_attentions` those of PyTorch's attention (B, H, Sq, Sk).
     """
-    for unsupported in ("softcap", "s_aux", "output_attentions"):
-        if kwargs.get(unsupported) is not None and kwargs[unsupported] is not False:
+    for unsupported in ("softcap", "s_aux"):
+        if kwargs.get(unsupported) is not None:
             raise ValueError(
                 f"{IO_AWARE} attention has no {unsupported}; load the model with attn_implementation='eager'"
             )
@@ -163,7 +169,9 @@ def attention_forward(
     if is_causal is None or not is_self_attention:
         is_causal = getattr(module, "is_causal", True)
     layout = None
-    if is_self_attention:
+    # one look at the fields, because every attribute of a config of transformers takes a Python call
+    fields = vars(config) if is_self_attention and config is not None else ()
+    if "rotary_max_wavelength" in fields or "block_sparse" in fields:
         unknown_positions = mask is not None and q_length != k_length
         if is_rotary(config):
             if unknown_positions:
@@ -175,15 +183,15 @@ def attention_forward(
         layout = config_layout(config, layout_length, query.shape[1], query.device)
         if layout is not None and unknown_positions:
             raise ValueError("block_sparse does not combine with a static cache; use the default dynamic cache")
-    reason = why_not_kernel(query, key, value, mask, position_bias)
+    with_weights = bool(kwargs.get("output_attentions") or kwargs.get("attention_weights"))
+    reason = "output_attentions" if with_weights else why_not_kernel(query, key, value, mask, position_bias)
     if reason is None and layout is not None and packed is None and q_length != k_length:
         reason = "block_sparse with a key-value cache"
     if reason is not None:
         _report_fallback(reason)
-        out = sdpa_attention(
-            query, key, value, mask, position_bias, is_causal, kv_range, packed, layout, dropout, scaling
+        return sdpa_attention(
+            query, key, value, mask, position_bias, is_causal, kv_range, packed, layout, dropout, scaling, with_weights
         )
-        return out, None
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if packed is not None:
         query, key, value = query[0], key[0], value[0]
@@ -204,27 +212,14 @@ _BEFORE_PATCH = "_before_io_aware_patch"
 _NOT_SET = "not set"
 
 
-def _spare_packed_mask(module, args, kwargs):
-    """Forward pre-hook of GPT2Model: keep transformers from making a Q x K mask that the kernels do not need.
-
-    Without a mask and without a cache it looks for packed sequences in position_ids and, if it finds some or cannot
-    look because torch.compile traces, makes such a mask. It does not look where a 4-D mask is given. So one is, of a
-    dtype that no mask has, where cu_seq_lens_q says what is packed or where, without position_ids, nothing is.
-    """
-    inputs = next((t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
-    given = len(args) > 1 or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None
-    known = kwargs.get("position_ids") is None or kwargs.get("cu_seq_lens_q") is not None
-    if module.config._attn_implementation == IO_AWARE and inputs is not None and known and not given:
-        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.uint8, device=inputs.device)
-    return args, kwargs
-
-
-def patch(model, block_sparse=None):
+def patch(model, block_sparse=None, unpad=False):
     """Switch every BERT and GPT-2 inside `model` to this library's attention, in place. Returns `model`.
 
     model: any nn.Module that holds Hugging Face BERT or GPT-2 layers. Weights, outputs and the saved checkpoint stay
     what they were. block_sparse: None, or a dict as in `layouts.from_config`, which is stored in the models' configs;
-    self-attention then sees only the blocks of the pattern. `unpatch(model)` restores the model.
+    self-attention then sees only the blocks of the pattern. unpad: every BERT encoder computes on the real tokens of
+    the attention_mask only, in all its layers; what it returns for padding is 0. A compiled model, a decoder, and a
+    call that asks for the results of every layer keep the padding. `unpatch(model)` restores the model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
@@ -236,19 +231,22 @@ def patch(model, block_sparse=None):
     patched = [module for module in model.modules() if isinstance(module, _PATCHABLE_CLASSES)]
     if any(module.config.output_attentions for module in patched):
         raise ValueError(
-            "config.output_attentions is True, but the kernels never form the attention weights; set it to False first"
+            "config.output_attentions is True, but the kernels never form the attention weights; set it to False first "
+            "and pass output_attentions=True to the calls that need them"
         )
+    if unpad and not any(isinstance(module, BertModel) for module in patched):
+        raise ValueError(f"unpad=True is for BERT encoders, and {type(model).__name__} holds none")
     if block_sparse is not None:
         for module in patched:
             layouts.check_config(block_sparse, module.config.num_attention_heads)
     for module in patched:
-        if not hasattr(module, _BEFORE_PATCH):
-            config = module.config
-            hook = isinstance(module, GPT2Model) and _spare_packed_mask not in module._forward_pre_hooks.values()
-            before = config._attn_implementation, getattr(config, "block_sparse", _NOT_SET), hook
+        config = module.config
+        before = getattr(module, _BEFORE_PATCH, None)
+        if before is None:
+            before = config._attn_implementation, getattr(config, "block_sparse", _NOT_SET), []
             setattr(module, _BEFORE_PATCH, before)
-            if hook:  # a FlashGPT2Model has its own, which unpatch leaves in place
-                module.register_forward_pre_hook(_spare_packed_mask, with_kwargs=True)
+        if isinstance(module, (BertModel, GPT2Model)):
+            before[2].extend(hooks.install(module, unpad and isinstance(module, BertModel)))
     for module in patched:  # a config is shared by many modules: all have been read before the first is written
         module.config._attn_implementation = IO_AWARE
         if block_sparse is not None:
@@ -261,15 +259,12 @@ def unpatch(model):
     for module in model.modules():
         if not hasattr(module, _BEFORE_PATCH):
             continue
-        implementation, block_sparse, hooked = getattr(module, _BEFORE_PATCH)
+        implementation, block_sparse, installed = getattr(module, _BEFORE_PATCH)
         delattr(module, _BEFORE_PATCH)
+        hooks.remove(module, installed)
         module.config._attn_implementation = implementation
         if block_sparse != _NOT_SET:
             module.config.block_sparse = block_sparse
         elif hasattr(module.config, "block_sparse"):
             del module.config.block_sparse
-        for number, hook in list(module._forward_pre_hooks.items()):
-            if hooked and hook is _spare_packed_mask:
-                del module._forward_pre_hooks[number]
-                module._forward_pre_hooks_with_kwargs.pop(number, None)
     return model

@@ -181,6 +181,8 @@ def convert_checkpoint(name, folder, max_length=None, *, method="interpolate", b
         raise ValueError(f"{folder} is already there and not an empty folder; choose another for the result")
     source = {"pretrained_model_name_or_path": name, "revision": revision or "main"}
     config = transformers.AutoConfig.from_pretrained(**source)
+    if block_sparse is not None:  # before the weights are fetched
+        check_config(block_sparse, getattr(config, "num_attention_heads", None))
     model_class = _model_class(config, block_sparse is not None)
     options = {} if block_sparse is None else {"block_sparse": block_sparse}
     model = model_class.from_pretrained(**source, dtype="auto", use_safetensors=True, **options)

@@ -4,6 +4,7 @@
 import sys
 from pathlib import Path
 
+import compatibility
 import pytest
 import torch
 from attention_case import DTYPES
@@ -17,6 +18,15 @@ TARGETS = [(torch.device(device), dtype) for device in DEVICES for dtype in DTYP
 
 # The tensors are small: more threads wait for each other longer than they compute.
 torch.set_num_threads(min(4, torch.get_num_threads()))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-matrix", action="store_true", help="make the README's table from test_matrix.py")
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--write-matrix"):
+        compatibility.write(session.config)
 
 
 @pytest.fixture(params=DEVICES)

@@ -110,11 +110,11 @@ def test_bert_with_bigbird_trains(device):
     torch.testing.assert_close(*curves, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("pattern", ["bigbird", "per_head"])
-def test_compiles_to_one_graph(pattern, device):
+@pytest.mark.parametrize("pattern, dynamic", [("bigbird", None), ("per_head", None), ("bigbird", True)])
+def test_compiles_to_one_graph(pattern, dynamic, device):
     torch._dynamo.reset()
     patched, *_ = models("bert", PATTERNS[pattern], device, num_hidden_layers=1)
-    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for length in (LENGTH, 200, 300):  # the second makes the length dynamic
         ids = token_ids(device, length=length)
         expected = patched(ids).logits

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from tiny_models import MODELS, SIZES, token_ids
 from transformers import AutoModelForMaskedLM
 
@@ -60,6 +61,22 @@ def test_convert_sparse_becomes_a_model_of_this_library(bert, tmp_path):
     main(["convert", str(tmp_path / "long"), str(tmp_path / "longer"), "--max_length", "600"])
     config = json.loads((tmp_path / "longer" / "config.json").read_text())
     assert (config["model_type"], config["block_sparse"]) == ("flash_bert", SPARSE)
+
+
+def test_convert_with_a_pattern_for_each_head(bert, tmp_path):
+    """More patterns than heads are refused before the weights are looked for."""
+    heads = [{"pattern": "local", "window": 64}, {"pattern": "dense"}]
+    pattern = {"pattern": "per_head", "heads": heads, "block_size": 64}
+    main(["convert", str(bert), str(tmp_path / "out"), "--block_sparse", json.dumps(pattern)])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["block_sparse"] == pattern
+    (bert / "model.safetensors").unlink()
+    three = json.dumps({**pattern, "heads": [*heads, heads[1]]})
+    assert "3 patterns do not repeat over 2 heads" in refusal(
+        "convert", bert, tmp_path / "bad", "--block_sparse", three
+    )
+    assert "one of the two ways" in refusal("convert", bert, tmp_path / "bad", "--block_sparse", "{}", "--pattern", "x")
+    assert "flash-models: " in refusal("convert", bert, tmp_path / "bad", "--block_sparse", "{")
+    assert not (tmp_path / "bad").exists()
 
 
 def test_convert_gpt2(tmp_path):
@@ -127,6 +144,23 @@ def test_card_takes_its_scores_from_the_file(tmp_path):
     assert [score.metric_value for score in card.data.eval_results] == [0.95]
     main(["card", str(folder)])
     assert ModelCard.load(folder / "README.md").content == card.content
+
+
+def test_card_fills_eval_results(tmp_path):
+    """For a benchmark of the Hub, and again from the next results without naming it."""
+    folder = pathx(tmp_path / "pathx-16k-flash")
+    file = results(tmp_path / "all_results.json", 0.9415)
+    main(["card", str(folder), "--results", str(file)])
+    assert not (folder / ".eval_results").exists()
+    main(["card", str(folder), "--results", str(file), "--dataset", "some-lab/pathfinder"])
+    main(["card", str(folder), "--results", str(results(file, 0.95))])
+    text = (folder / ".eval_results" / "pathfinder-128.yaml").read_text()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("some-lab/pathfinder", "lra", 0.95)
+    assert entry.notes == "Accuracy, 2000 samples, from all_results.json"
+    assert ".eval_results/pathfinder-128.yaml" in check_folder(folder)
+    assert "named ORG/NAME and needs" in refusal("card", folder, "--dataset", "some-lab/pathfinder")
+    assert "got 'pathfinder'" in refusal("card", folder, "--results", file, "--dataset", "pathfinder")
 
 
 @pytest.mark.parametrize("metric, name, value", [("f1", "F1", 0.7), ("perplexity", "Perplexity", 20.5)])

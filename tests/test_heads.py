@@ -8,57 +8,12 @@ import pickle
 import pytest
 import torch
 import transformers
-from tiny_models import LENGTH, VOCABULARY, assert_all_same, bert_config, gpt2_config, padding, token_ids, working_dtype
+from head_models import HEADS, inputs, tensors, vanilla_model
+from tiny_models import VOCABULARY, assert_all_same, bert_config, gpt2_config, token_ids, working_dtype
 
 import flash_models
 from flash_models.models import bert, gpt2
 
-BATCH, CHOICES = 3, 2
-
-
-def _classes(_):
-    return {"labels": torch.tensor([0, 1, 1])}
-
-
-def _tokens(ids):
-    return {"labels": ids.clone()}
-
-
-def _token_classes(ids):
-    return {"labels": ids % 2}
-
-
-def _span(_):
-    return {"start_positions": torch.tensor([1, 0, 3]), "end_positions": torch.tensor([2, 4, 3])}
-
-
-def _pretraining(ids):
-    return {"labels": ids.clone(), "next_sentence_label": torch.tensor([0, 1, 1])}
-
-
-def _double(ids):
-    return {"labels": ids.clone(), "mc_labels": torch.tensor([0, 1, 1]), "mc_token_ids": torch.tensor([[3, 9]] * BATCH)}
-
-
-# name of the Hugging Face class: (Auto class that loads it, labels for token ids)
-HEADS = {
-    "BertModel": ("AutoModel", None),
-    "BertForPreTraining": ("AutoModelForPreTraining", _pretraining),
-    "BertLMHeadModel": ("AutoModelForCausalLM", _tokens),
-    "BertForMaskedLM": ("AutoModelForMaskedLM", _tokens),
-    "BertForNextSentencePrediction": ("AutoModelForNextSentencePrediction", _classes),
-    "BertForSequenceClassification": ("AutoModelForSequenceClassification", _classes),
-    "BertForMultipleChoice": ("AutoModelForMultipleChoice", _classes),
-    "BertForTokenClassification": ("AutoModelForTokenClassification", _token_classes),
-    "BertForQuestionAnswering": ("AutoModelForQuestionAnswering", _span),
-    "GPT2Model": ("AutoModel", None),
-    "GPT2LMHeadModel": ("AutoModelForCausalLM", _tokens),
-    "GPT2DoubleHeadsModel": (None, _double),
-    "GPT2ForSequenceClassification": ("AutoModelForSequenceClassification", _classes),
-    "GPT2ForTokenClassification": ("AutoModelForTokenClassification", _token_classes),
-    "GPT2ForQuestionAnswering": ("AutoModelForQuestionAnswering", _span),
-}
-HAS_CHOICES = ("BertForMultipleChoice", "GPT2DoubleHeadsModel")
 every_head = pytest.mark.parametrize("name", HEADS)
 
 
@@ -68,31 +23,8 @@ def strict(monkeypatch):
     monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
 
 
-def vanilla_model(name):
-    config = bert_config if name.startswith("Bert") else gpt2_config
-    options = {"is_decoder": True} if name == "BertLMHeadModel" else {}
-    return getattr(transformers, name)(config(**options, attn_implementation="sdpa")).eval()
-
-
 def flash_class(name):
     return getattr(flash_models, f"Flash{name}")
-
-
-def inputs(name, device="cpu"):
-    """A padded batch, without labels and with."""
-    ids, mask = token_ids(batch=BATCH), padding("right", "cpu", BATCH)
-    ids[mask == 0] = 0
-    if name in HAS_CHOICES:
-        ids = torch.stack([ids, ids.flip(0)], 1)
-        mask = torch.stack([mask, mask.flip(0)], 1)
-        assert ids.shape == (BATCH, CHOICES, LENGTH)
-    batch = {"input_ids": ids, "attention_mask": mask}
-    labels = HEADS[name][1](ids) if HEADS[name][1] else {}
-    return [{key: value.to(device) for key, value in part.items()} for part in (batch, batch | labels)]
-
-
-def tensors(output):
-    return {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
 
 
 def assert_same_weights(one, other):

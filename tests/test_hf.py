@@ -12,7 +12,6 @@ from tiny_models import (
     assert_same,
     bert_config,
     gpt2_config,
-    packed_batch,
     padding,
     sparse_mask,
     token_ids,
@@ -118,28 +117,6 @@ def test_gpt2_made_bidirectional(device, padded, strict):
     valid = torch.ones_like(ids) if mask is None else mask
     models = triplet(MODELS["gpt2"](is_causal=False), device)
     assert_same(*(model(ids, attention_mask=mask).logits * valid[..., None] for model in models))
-
-
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=["cache", "no-cache"])
-@pytest.mark.parametrize("name", MODELS)
-def test_packed_documents_do_not_see_each_other(device, name, options, strict):
-    if name == "bert" and options:
-        pytest.skip("an encoder has no cache")
-    patched, plain, truth = triplet(MODELS[name](), device)
-    documents, batch = packed_batch(device)
-    logits = patched(**batch, **options).logits
-    apart = [torch.cat([model(document).logits for document in documents], 1) for model in (plain, truth)]
-    assert_same(logits, *apart)
-
-
-def test_packed_with_padding_is_an_error(device):
-    patched, *_ = triplet(MODELS["bert"](), device)
-    _, batch = packed_batch(device)
-    mask = padding("right", device, 1)
-    with pytest.raises(ValueError, match="drop the mask"):
-        patched(**batch, attention_mask=mask)
-    with pytest.raises(ValueError, match="a batch of 2"):
-        patched(batch["input_ids"].expand(2, -1), cu_seq_lens_q=batch["cu_seq_lens_q"])
 
 
 @pytest.mark.parametrize("name", MODELS)

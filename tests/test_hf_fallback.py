@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import LENGTH, MODELS, SPARSE, assert_same, packed_batch, padding, sparse_mask, token_ids, triplet
+from tiny_models import LENGTH, MODELS, SPARSE, assert_same, padding, sparse_mask, token_ids, triplet
 from torch import nn
 from transformers import BertConfig
 
@@ -118,7 +118,7 @@ def test_two_dimensional_mask_given_to_the_attention_function(device, strict):
         hf.attention_forward(Stub(False), query, key, value, mask.float())
 
 
-@pytest.mark.parametrize("option", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"output_attentions": True}])
+@pytest.mark.parametrize("option", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}])
 def test_what_would_change_the_result_is_an_error(option):
     query = torch.randn(1, 2, 3, 16)
     with pytest.raises(ValueError, match=f"no {next(iter(option))}; .* attn_implementation='eager'"):
@@ -144,14 +144,19 @@ def test_static_cache(device):
         assert torch.equal(tokens, plain.generate(ids, **options))
 
 
-def test_packed_position_ids_alone(device):
-    """transformers finds the documents in position_ids and makes a 4-D mask, which PyTorch's attention takes."""
-    patched, plain, truth = triplet(MODELS["gpt2"](), device)
-    documents, batch = packed_batch(device)
-    with pytest.warns(UserWarning, match="not given cu_seq_lens_q"):
-        logits = patched(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-    apart = [torch.cat([model(document).logits for document in documents], 1) for model in (plain, truth)]
-    assert_same(logits, *apart)
+@pytest.mark.parametrize("padded", ["none", "both"])
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_weights_on_request(device, name, padded):
+    patched, plain, truth = triplet(MODELS[name](), device)
+    ids, mask = token_ids(device), padding(padded, device)
+    with pytest.warns(UserWarning, match="because of output_attentions"):
+        found = patched(ids, attention_mask=mask, output_attentions=True)
+    others = [model(ids, attention_mask=mask, output_attentions=True) for model in (plain, truth)]
+    valid = torch.ones_like(ids) if mask is None else mask
+    assert_same(*(output.logits * valid[..., None] for output in (found, *others)))
+    assert len(found.attentions) == 2
+    for layer in zip(*(output.attentions for output in (found, *others)), strict=True):
+        assert_same(*(weights * valid[:, None, :, None] for weights in layer))
 
 
 def test_block_sparse_gpt2_with_and_without_cache(device):

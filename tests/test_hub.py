@@ -107,6 +107,43 @@ def test_round_trip(hub, tmp_path):
         assert_equal(tmp_path / "loaded" / revision, model)
 
 
+PUSH = """
+import sys
+import flash_models, huggingface_hub
+model = flash_models.FlashBertForSequenceClassification.from_pretrained(sys.argv[1])
+model.push_to_hub("me/pushed", commit_message="as any model", private=True, tags=["flash-models"])
+huggingface_hub.HfApi().create_tag("me/pushed", tag="v1")
+model.classifier.bias.data += 1
+model.push_to_hub("me/pushed")
+"""
+
+
+def test_push_to_hub_and_tags(hub, tmp_path):
+    """The model's own method: with the stub for trust_remote_code, and an older version by its tag."""
+    model = checkpoint(tmp_path / "model")
+    _, err = (process := command(hub, tmp_path, "-c", PUSH, str(tmp_path / "model"))).communicate(timeout=60)
+    assert process.returncode == 0, err
+    published = hub.repos["me/pushed"].commits[hub.repos["me/pushed"].refs["main"]]
+    assert {"config.json", "model.safetensors", "modeling_flash_bert.py", "README.md"} <= set(published)
+    assert json.loads(published["config.json"])["auto_map"]["AutoModel"] == "modeling_flash_bert.FlashBertModel"
+    assert load(hub, tmp_path, [("me/pushed", "v1"), ("me/pushed", "main")]) == []
+    assert_equal(tmp_path / "loaded" / "v1", model)
+    with torch.no_grad():
+        model.classifier.bias += 1
+    assert_equal(tmp_path / "loaded" / "main", model)
+
+
+def test_hf_upload(hub, tmp_path):
+    """The command of huggingface_hub on the folder, as its documentation has it."""
+    model = checkpoint(tmp_path / "model")
+    main = "import sys; from huggingface_hub.cli.hf import main; sys.argv[0] = 'hf'; main()"
+    arguments = ["upload", "me/tiny-flash", str(tmp_path / "model"), ".", "--commit-message", "first"]
+    _, err = (process := command(hub, tmp_path, "-c", main, *arguments)).communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert load(hub, tmp_path, [("me/tiny-flash", "main")]) == []
+    assert_equal(tmp_path / "loaded" / "main", model)
+
+
 def test_an_upload_that_is_killed_is_continued(hub, tmp_path):
     """One of two weight files has arrived when the client dies: nothing is published, and the rest follows later."""
     model = checkpoint(tmp_path / "model", max_shard_size="40KB")

@@ -61,3 +61,20 @@ def test_without_library(tmp_path):
     expected = [out, *torch.autograd.grad(out.square().sum(), tensors)]
     for result, value in zip(torch.load(tmp_path / "results.pt"), expected, strict=True):
         torch.testing.assert_close(result, value)
+
+
+def test_import_adds_little_to_that_of_transformers():
+    """To its BERT and GPT-2, which every user of these models imports: less than 0.3 s."""
+    program = """
+        import time
+        from transformers import AutoModel, BertForMaskedLM, GPT2LMHeadModel
+        start = time.perf_counter()
+        import flash_models
+        print(time.perf_counter() - start)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    for _ in range(3):  # a busy machine is no reason to fail
+        added = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        if added < 0.3:
+            return
+    raise AssertionError(f"import flash_models took {added:.2f} s, expected less than 0.3 s")

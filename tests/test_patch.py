@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import MODELS, SPARSE, VOCABULARY, assert_same, padding, token_ids
+from tiny_models import MODELS, SPARSE, token_ids
 from torch import nn
 from transformers import RobertaConfig, RobertaModel
 
@@ -79,17 +79,6 @@ def test_patch_errors_say_what_to_do():
     model.config.output_attentions = True
     with pytest.raises(ValueError, match="output_attentions is True"):
         patch(model)
-
-
-def test_other_models_use_the_kernels_by_name(device, strict):
-    config = RobertaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCABULARY)
-    truth = RobertaModel(config).to(device).eval()
-    plain = copy.deepcopy(truth).to(torch.float32 if device.type == "cpu" else torch.bfloat16)
-    other = copy.deepcopy(plain)
-    other.set_attn_implementation("io_aware")
-    ids, mask = token_ids(device), padding("right", device)
-    results = [m(ids, attention_mask=mask).last_hidden_state * mask[..., None] for m in (other, plain, truth)]
-    assert_same(*results)
 
 
 def test_unpatch_leaves_a_flash_gpt2_its_own_hook():

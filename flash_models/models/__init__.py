@@ -22,8 +22,10 @@ from .gpt2 import (
     FlashGPT2Model,
 )
 from .images import images_to_input_ids
+from .packing import DataCollatorForPackedMaskedLM
 
 __all__ = [
+    "DataCollatorForPackedMaskedLM",
     "FlashBertConfig",
     "FlashBertForMaskedLM",
     "FlashBertForMultipleChoice",

@@ -6,6 +6,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationMixin, GPT2PreTrainedModel
 
+from . import hooks
 from .auto import OwnCode
 from .configuration import IO_AWARE, FlashBertConfig, FlashGPT2Config
 from .rotary import is_rotary
@@ -39,6 +40,7 @@ class FlashMixin(OwnCode):
             )
         super().__init__(config, *args, **kwargs)
         self.base_model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        hooks.install(self.base_model, unpad=False)
         if isinstance(self, GenerationMixin) and self.loss_type is None:
             # transformers would take the same loss, with a warning that torch.compile cannot trace
             self.loss_type = "ForCausalLM"
@@ -105,9 +107,6 @@ class FlashGPT2Mixin(FlashMixin):
     _keys_to_ignore_on_load_unexpected = [*GPT2PreTrainedModel._keys_to_ignore_on_load_unexpected, r"wpe\.weight"]
 
     def __init__(self, config, *args, **kwargs):
-        from ..hf import _spare_packed_mask  # here, because hf.py imports this package
-
         super().__init__(config, *args, **kwargs)
-        self.base_model.register_forward_pre_hook(_spare_packed_mask, with_kwargs=True)
         if is_rotary(config):
             self.base_model.wpe = NoPositions()
