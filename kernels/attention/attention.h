@@ -61,9 +61,9 @@ struct AttentionProblem {
 // The backward pass also reads p.out and p.lse.
 struct AttentionGradients {
   View dout, dq, dk, dv;
-  float* delta = nullptr;   // (B, H, Sq) or (H, Tq) scratch: rowsum(dout * out)
+  float* delta = nullptr;   // scratch, BackwardScratch::rows floats: rowsum(dout * out)
   float* shift = nullptr;   // the same: lse in the form that the CUDA kernels subtract
-  float* dq_sum = nullptr;  // scratch, zeroed, dq_sum_size_*() floats; nullptr when that is 0
+  float* dq_sum = nullptr;  // scratch, zeroed, BackwardScratch::dq_sum floats; nullptr when that is 0
 };
 
 // One sequence of the batch, as both backends see it.
@@ -87,9 +87,13 @@ void attention_bwd_sm80(const AttentionProblem& p, const AttentionGradients& g);
 void attention_bwd_sm90(const AttentionProblem& p, const AttentionGradients& g);
 void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g);  // dq in a fixed order
 
-// Floats of scratch that the backward pass adds dq up in, across CTAs: none on the CPU and in deterministic mode.
-int64_t dq_sum_size_cpu(const AttentionProblem& p);
-int64_t dq_sum_size_cuda(const AttentionProblem& p);
+// Floats of scratch that a backward pass needs: a value a row, twice, and what dq is added up in across CTAs, which is
+// nothing on the CPU and in deterministic mode.
+struct BackwardScratch {
+  int64_t rows, dq_sum;
+};
+BackwardScratch backward_scratch_cpu(const AttentionProblem& p);
+BackwardScratch backward_scratch_cuda(const AttentionProblem& p);
 
 // torch's intra-op thread pool: fn(begin, end) over [0, n) in chunks of at least `grain`. Defined in op.cpp.
 void parallel_for(int64_t n, int64_t grain, void (*fn)(void* context, int64_t begin, int64_t end), void* context);

@@ -7,6 +7,7 @@
 //   shared memory   Q | dO [64 x kDim] | K [2] | V [2] [kTileK x kDim]
 #include "dispatch.cuh"
 #include "dropout.cuh"
+#include "row_tiles.cuh"
 #include "softmax.cuh"
 
 namespace flash_models {
@@ -64,9 +65,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = q0 + row0 + 8 * half + lane.row;
-    const int64_t offset = lse_offset(p, s, batch, head) + row;
-    shift[half] = row < q_len ? g.shift[offset] : INFINITY;
-    delta[half] = row < q_len ? g.delta[offset] : 0.0f;
+    shift[half] = g.shift[padded_row(p, s, batch, head) + row];
+    delta[half] = g.delta[padded_row(p, s, batch, head) + row];
   }
 
   const float scale_log2 = p.scale * kLog2e;

@@ -2,7 +2,9 @@
 //
 // First step of the backward pass, on every GPU: what its kernels need of each row. delta = rowsum(dout * out), and
 // shift = lse * log2(e), +inf for a row without a key, so that exp2(score * log2(e) - shift) is a probability, or 0.
+// What lies in a tile past the end of its sequence is such a row.
 #include "dispatch.cuh"
+#include "row_tiles.cuh"
 #include "softmax.cuh"
 
 namespace flash_models {
@@ -12,21 +14,34 @@ constexpr int kThreads = 128;
 
 __host__ __device__ constexpr int lanes_of_row(int dim) { return dim <= 32 ? 4 : dim <= 64 ? 8 : 16; }
 
+// The sequence that owns tile `tile` of a head, by where the sequences' tiles start (row_tiles.cuh).
+__device__ __forceinline__ int sequence_of_tile(const AttentionProblem& p, int tile) {
+  if (p.cu_seqlens_q == nullptr) return tile / static_cast<int>(row_tiles_of_sequence(p));
+  int first = 0, last = static_cast<int>(p.batch) - 1;
+  while (first < last) {
+    const int middle = (first + last + 1) / 2;
+    const int start = static_cast<int>(clamp_to(p.cu_seqlens_q[middle], 0, p.total_q)) / kRowTile + middle;
+    start <= tile ? first = middle : last = middle - 1;
+  }
+  return first;
+}
+
 // lanes_of_row() lanes a row, 16 bytes each.
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads)
     attention_bwd_rows(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g) {
-  constexpr int kLanes = lanes_of_row(kDim);
-  const int64_t item = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / kLanes;
-  const int dim = 8 * (threadIdx.x % kLanes);
-  const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t rows = packed ? p.total_q : p.seqlen_q;
-  const bool valid = item < rows * p.heads * (packed ? 1 : p.batch);
-  const int64_t row = item % rows, head = item / rows % p.heads, batch = item / rows / p.heads;
-  const T* out = static_cast<const T*>(p.out.data) + batch * p.out.batch + row * p.out.seq + head * p.out.head;
-  const T* dout = static_cast<const T*>(g.dout.data) + batch * g.dout.batch + row * g.dout.seq + head * g.dout.head;
+  constexpr int kLanes = lanes_of_row(kDim), kRows = kThreads / kLanes;
+  static_assert(kRowTile % kRows == 0);
+  const int64_t item = blockIdx.x * int64_t{kRows} + threadIdx.x / kLanes;
+  const int tiles = static_cast<int>(row_tiles(p)), number = static_cast<int>(blockIdx.x / (kRowTile / kRows));
+  const int head = number / tiles, batch = sequence_of_tile(p, number % tiles), dim = 8 * (threadIdx.x % kLanes);
+  const Sequence s = sequence_of(p, batch);
+  const int64_t row = item - padded_row(p, s, batch, head);
+  const bool valid = head < p.heads && row < s.q_len;
   float sum = 0.0f;
   if (valid && dim < p.head_dim) {
+    const T* out = static_cast<const T*>(p.out.data) + query_offset(p.out, s, batch, head) + row * p.out.seq;
+    const T* dout = static_cast<const T*>(g.dout.data) + query_offset(g.dout, s, batch, head) + row * g.dout.seq;
     const uint4 a = *reinterpret_cast<const uint4*>(out + dim), b = *reinterpret_cast<const uint4*>(dout + dim);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
@@ -35,8 +50,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  if (valid && dim == 0) {
-    const float lse = p.lse[item];
+  if (dim == 0) {
+    const float lse = valid ? p.lse[lse_offset(p, s, batch, head) + row] : -INFINITY;
     g.delta[item] = sum;
     g.shift[item] = lse == -INFINITY ? INFINITY : lse * kLog2e;
   }
@@ -45,9 +60,9 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void attention_bwd_rows(const AttentionProblem& p, const AttentionGradients& g) {
-  const int64_t rows = (p.cu_seqlens_q != nullptr ? p.total_q : p.batch * p.seqlen_q) * p.heads;
+  if (p.total_q == 0) return;
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    launch("attention_bwd_rows", attention_bwd_rows<T, kDim>, ceil_div(rows * lanes_of_row(kDim), kThreads), kThreads,
+    launch("attention_bwd_rows", attention_bwd_rows<T, kDim>, padded_rows(p) * lanes_of_row(kDim) / kThreads, kThreads,
            0, p.stream, p, g);
   });
 }

@@ -13,14 +13,14 @@
 //   shared memory   K | V [64 x kDim] | Q | dO [kStages][64 x kDim] | P^T | dS^T [64 x 64] | shift | delta
 //   [kStages][64]
 #include "dispatch.cuh"
-#include "dq_sum.cuh"
 #include "dropout.cuh"
+#include "row_tiles.cuh"
 #include "softmax.cuh"
 
 namespace flash_models {
 namespace {
 
-constexpr int kTile = kDqTile, kThreads = 128;
+constexpr int kTile = kRowTile, kThreads = 128;
 
 template <typename T, int kDim_>
 struct BackwardTiles {
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
   const Tiles walk = query_tiles(p, s, visible, head, k0, kTile, kTile);
   const T* q = static_cast<const T*>(p.q.data) + query_offset(p.q, s, batch, head);
   const T* dout = static_cast<const T*>(g.dout.data) + query_offset(g.dout, s, batch, head);
-  const int64_t row_offset = lse_offset(p, s, batch, head);
+  const int64_t row_offset = padded_row(p, s, batch, head);
   auto load_queries = [&](int position, int stage) {
     const int q0 = walk.tile(position) * kTile;
     tiles.q(stage).template load_async<kThreads>(q + q0 * p.q.seq, p.q.seq, 0, q_len - q0, dim);
@@ -121,12 +121,7 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
     const int row = threadIdx.x % kTile;
     const float* source = (threadIdx.x < kTile ? g.shift : g.delta) + row_offset + q0 + row;
     const uint32_t target = (threadIdx.x < kTile ? tiles.shift(stage) : tiles.delta(stage)) + 4 * row;
-    // shift = +inf makes the probabilities of rows past the end zero.
-    if (q0 + row < q_len) {
-      ptx::cp_async_4(target, source);
-    } else {
-      *static_cast<float*>(__cvta_shared_to_generic(target)) = threadIdx.x < kTile ? INFINITY : 0.0f;
-    }
+    ptx::cp_async_4(target, source);  // past the end shift = +inf, which makes probabilities zero
   };
 
   const T* k = static_cast<const T*>(p.k.data) + key_offset(p.k, s, batch, head) + k0 * p.k.seq;

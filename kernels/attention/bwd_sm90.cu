@@ -20,11 +20,11 @@
 //   registers       S^T, dP^T 64 x kTileQ, dK, dV 64 x kDim, dQ 64 x kDqDim, fp32, per warpgroup
 //   barriers        full, empty: as in fwd_sm90.cu; ds_full: all consumers have written dS^T
 #include "dispatch.cuh"
-#include "dq_sum.cuh"
 #include "dropout.cuh"
 #include "hopper/tile.cuh"
 #include "maps.h"
 #include "ring.cuh"
+#include "row_tiles.cuh"
 #include "softmax.cuh"
 
 namespace flash_models {
@@ -77,7 +77,7 @@ struct BackwardShared {
     ptx::mbarrier_init(raw(), 1);
     for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), 4 * Config::kWarpgroups);
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(q_full(stage), 1 + 32);  // Q, and each producer lane's part of shift and delta
+      ptx::mbarrier_init(q_full(stage), 2);  // Q; shift and delta
       ptx::mbarrier_init(dout_full(stage), 1);
       ptx::mbarrier_init(q_empty(stage), 4 * Config::kWarpgroups);
       ptx::mbarrier_init(dout_empty(stage), 4 * Config::kWarpgroups);
@@ -116,7 +116,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
   const int q_len = static_cast<int>(tile.s.q_len), q_begin = static_cast<int>(tile.s.q_begin);
   const int key = static_cast<int>(tile.s.k_begin) + tile.k0;
   const int lo = tile.visible.lo - tile.k0, hi = tile.visible.hi - tile.k0;
-  const int64_t rows = lse_offset(p, tile.s, tile.place.batch, head);
+  const int64_t rows = padded_row(p, tile.s, tile.place.batch, head);
   Producer producer{shared.raw()};
   producer.load(shared.k(), maps.k, shared.kv_full(), key, head, batch, lo, hi);
   producer.load(shared.v(), maps.v, shared.kv_full(), key, head, batch, lo, hi);
@@ -126,12 +126,11 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
        position = tile.walk.next(position + 1), ring.advance()) {
     const int q0 = tile.walk.tile(position) * kTileQ, stage = ring.stage;
     ptx::mbarrier_wait(shared.q_empty(stage), ring.parity ^ 1);
-    for (int i = threadIdx.x; i < kTileQ; i += 32) {
-      const int64_t row = rows + min(q0 + i, q_len - 1);  // what lies past the end is masked
-      ptx::cp_async_4(shared.shift(stage) + 4 * i, g.shift + row);
-      ptx::cp_async_4(shared.delta(stage) + 4 * i, g.delta + row);
+    if (producer.leader) {
+      ptx::mbarrier_arrive_expect(shared.q_full(stage), 2 * 4 * kTileQ);
+      ptx::bulk_load(shared.shift(stage), g.shift + rows + q0, 4 * kTileQ, shared.q_full(stage));
+      ptx::bulk_load(shared.delta(stage), g.delta + rows + q0, 4 * kTileQ, shared.q_full(stage));
     }
-    ptx::cp_async_mbarrier_arrive(shared.q_full(stage));
     producer.load(shared.q(stage), maps.q, shared.q_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
     ptx::mbarrier_wait(shared.dout_empty(stage), ring.parity ^ 1);
     producer.load(shared.dout(stage), maps.dout, shared.dout_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
@@ -320,7 +319,7 @@ __global__ void __launch_bounds__(128)
   const int warp = threadIdx.x / 32;
   const Place place(p, blockIdx.x, query_tiles, false);
   const Sequence s = sequence_of(p, place.batch);
-  const int q0 = place.tile * kDqTile, row0 = q0 + 16 * warp;
+  const int q0 = place.tile * kRowTile, row0 = q0 + 16 * warp;
   if (q0 >= s.q_len) return;
   const float factor[1][2] = {{p.scale, p.scale}};
   T* out = static_cast<T*>(g.dq.data) + query_offset(g.dq, s, place.batch, place.head) + row0 * g.dq.seq;
@@ -346,7 +345,7 @@ void launch_backward(const AttentionProblem& p, const AttentionGradients& g) {
   launch("attention_bwd_sm90", attention_bwd_sm90<T, Config, kDropout>, key_tiles * p.heads * p.batch, Config::kThreads,
          Shared::kBytes, p.stream, p, g, maps, key_tiles);
   if (g.dq_sum == nullptr) return;
-  const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kDqTile));
+  const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kRowTile));
   launch("attention_bwd_store_dq_sm90", attention_bwd_store_dq_sm90<T, Config::kDim, Config::kDqDim>,
          query_tiles * p.heads * p.batch, 128, 0, p.stream, p, g, query_tiles);
 }

@@ -2,7 +2,7 @@
 //
 // Which kernels a CUDA call takes: those for Hopper on compute capability 9.0, the portable ones elsewhere.
 #include "dispatch.cuh"
-#include "dq_sum.cuh"
+#include "row_tiles.cuh"
 
 namespace flash_models {
 namespace {
@@ -20,8 +20,9 @@ bool hopper_backward_fits(const AttentionProblem& p) {
 
 }  // namespace
 
-int64_t dq_sum_size_cuda(const AttentionProblem& p) {
-  return p.deterministic ? 0 : p.heads * dq_tiles(p) * kDqTile * padded_dim(p.head_dim);
+BackwardScratch backward_scratch_cuda(const AttentionProblem& p) {
+  const int64_t rows = padded_rows(p);
+  return {rows, p.deterministic ? 0 : rows * padded_dim(p.head_dim)};
 }
 
 void attention_fwd_cuda(const AttentionProblem& p) { on_hopper(p) ? attention_fwd_sm90(p) : attention_fwd_sm80(p); }

@@ -164,7 +164,7 @@ Tensor result_like(const Tensor& t, bool packed) {
 
 using Forward = void (*)(const AttentionProblem&);
 using Backward = void (*)(const AttentionProblem&, const AttentionGradients&);
-using ScratchSize = int64_t (*)(const AttentionProblem&);
+using Scratch = BackwardScratch (*)(const AttentionProblem&);
 
 template <Forward kForward>
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor kv_range,
@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalT
   return {out, lse};
 }
 
-template <Backward kBackward, ScratchSize kDqSumSize>
+template <Backward kBackward, Scratch kScratch>
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
                                                  OptionalTensor kv_range, OptionalTensor cu_seqlens_q,
                                                  OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
@@ -211,17 +211,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor out, Tensor
   p.out = view_of(out, "out", packed);
   p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
   Tensor dq = result_like(q, packed), dk = result_like(k, packed), dv = result_like(v, packed);
-  Tensor rows = empty_on(q, {2, lse.numel()}, ScalarType::Float);
+  const BackwardScratch scratch = kScratch(p);
+  Tensor rows = empty_on(q, {2, scratch.rows}, ScalarType::Float);
   AttentionGradients g;
   g.dout = view_of(dout, "dout", packed);
   g.dq = view_of(dq, "dq", packed);
   g.dk = view_of(dk, "dk", packed);
   g.dv = view_of(dv, "dv", packed);
   g.delta = static_cast<float*>(rows.mutable_data_ptr());
-  g.shift = g.delta + lse.numel();
-  const int64_t dq_sum_size = kDqSumSize(p);
-  Tensor dq_sum = zeros_on(q, {dq_sum_size}, ScalarType::Float);
-  if (dq_sum_size > 0) g.dq_sum = static_cast<float*>(dq_sum.mutable_data_ptr());
+  g.shift = g.delta + scratch.rows;
+  Tensor dq_sum = zeros_on(q, {scratch.dq_sum}, ScalarType::Float);
+  if (scratch.dq_sum > 0) g.dq_sum = static_cast<float*>(dq_sum.mutable_data_ptr());
   if (q.numel() > 0 || k.numel() > 0) kBackward(p, g);
   return {dq, dk, dv};
 }
@@ -242,14 +242,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_models, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flash_models, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&flash_models::attention_fwd<flash_models::attention_fwd_cpu>));
-  m.impl("attention_bwd",
-         TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cpu, flash_models::dq_sum_size_cpu>)));
+  m.impl(
+      "attention_bwd",
+      TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cpu, flash_models::backward_scratch_cpu>)));
 }
 
 #ifdef FLASH_MODELS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flash_models, CUDA, m) {
   m.impl("attention_fwd", TORCH_BOX(&flash_models::attention_fwd<flash_models::attention_fwd_cuda>));
-  m.impl("attention_bwd",
-         TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cuda, flash_models::dq_sum_size_cuda>)));
+  m.impl(
+      "attention_bwd",
+      TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cuda, flash_models::backward_scratch_cuda>)));
 }
 #endif

@@ -71,12 +71,6 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
-// "cp.async.mbarrier.arrive": one arrival, of those that the barrier was made for, once this thread's earlier cp.async
-// have landed.
-__device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 // "Warp-level Matrix Store Instruction: stmatrix". Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 address matrix
 // i.
 __device__ __forceinline__ void stmatrix(uint32_t shared, const uint32_t (&r)[4]) {
@@ -94,6 +88,13 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map
           "r"(shared),
       "l"(&map), "r"(dim), "r"(seq), "r"(head), "r"(batch), "r"(barrier)
       : "memory");
+}
+
+// "cp.async.bulk": copies `bytes`, a multiple of 16 as the addresses are.
+__device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 
 // "cp.reduce.async.bulk": adds `bytes` of shared memory, floats, to global memory, as one group of its issuer. Called

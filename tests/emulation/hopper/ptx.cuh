@@ -30,9 +30,17 @@ struct Box {
   int at[4];
 };
 
+// The same of contiguous bytes.
+struct Bytes {
+  const void* data;
+  uint32_t shared;
+  int count;
+};
+
 struct Barrier {
   int count = 0, arrived = 0, bytes = 0, phase = 0;
   std::vector<Box> boxes;
+  std::vector<Bytes> copies;
 };
 inline std::map<uint32_t, Barrier> barriers;
 
@@ -115,9 +123,21 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity) {
       barrier.bytes -= 2 * box.view.box_dim * box.view.box_rows;
       end_phase(barrier);
     }
+    for (const Bytes& bytes : std::exchange(barrier.copies, {})) {
+      std::memcpy(__cvta_shared_to_generic(bytes.shared), bytes.data, bytes.count);
+      barrier.bytes -= bytes.count;
+      end_phase(barrier);
+    }
     if (barrier.phase % 2 != static_cast<int>(parity)) return;
     swapcontext(&emulation::fibers[emulation::thread].context, &emulation::scheduler);
   }
+}
+
+inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
+  if (shared % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0)
+    throw std::runtime_error("a bulk copy is misaligned");
+  std::memset(__cvta_shared_to_generic(shared), 0xFF, bytes);
+  barriers.at(barrier).copies.push_back({global, shared, bytes});
 }
 
 inline void tma_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int dim, int seq, int head, int batch) {
@@ -126,11 +146,6 @@ inline void tma_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, 
   if (shared % (16 * box.view.box_dim) != 0) throw std::runtime_error("a swizzled tile is misaligned");
   std::memset(__cvta_shared_to_generic(shared), 0xFF, 2 * box.view.box_dim * box.view.box_rows);
   barriers.at(barrier).boxes.push_back(box);
-}
-
-inline void cp_async_mbarrier_arrive(uint32_t barrier) {
-  cp_async_wait<0>();
-  mbarrier_arrive(barrier);
 }
 
 inline void stmatrix(uint32_t shared, const uint32_t (&r)[4]) {
