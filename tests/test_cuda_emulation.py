@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-KERNELS = ("cuda", "fwd_sm80", "fwd_sm90", "bwd_rows", "bwd_sm80", "bwd_sm90", "bwd_dq_sm80")
+KERNELS = ("cuda", "fwd_decode", "fwd_sm80", "fwd_sm90", "bwd_rows", "bwd_sm80", "bwd_sm90", "bwd_dq_sm80")
 
 
 @pytest.fixture(scope="module", params=["sm80", "sm90"])
@@ -35,7 +35,7 @@ def emulated(request, tmp_path_factory):
     folder, name = tmp_path_factory.mktemp("emulated"), f"emulated_{request.param}"
     torch_dir = Path(torch.__file__).parent
     command = ["g++", "-std=c++20", "-O1", "-fPIC", "-w", "-x", "c++", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += [f"-D{op}_cpu={op}_cuda" for op in ("attention_fwd", "attention_bwd", "backward_scratch")]
+    command += [f"-D{op}_cpu={op}_cuda" for op in ("attention_fwd", "attention_bwd", "forward_scratch", "backward_scratch")]
     command += [f"-Dflash_models={name}", f"-DFM_EMULATED_CAPABILITY={request.param.removeprefix('sm')}"]
     command += [f"-I{p}" for p in (ROOT / "tests/emulation", ROOT / "kernels", CUDA_INCLUDE, torch_dir / "include")]
 
@@ -66,6 +66,9 @@ CASES = {
     "block-64": {"block_size": 64},
     "block-128-heads": {"block_size": 128, "heads": 2, "seqlens": (203, 257)},
     "block-64-heads-causal": {"block_size": 64, "heads": 2, "causal": True},
+    "decode": {"seqlens": (1, 2100), "heads": 2},  # the keys are split
+    "decode-causal-kv-range": {"seqlens": (3, 1100), "causal": True, "kv_range": [[300, 1100], [0, 500]]},
+    "decode-no-key": {"seqlens": (2, 70), "kv_range": [[9, 9], [69, 70]]},
     "varlen": {"cu_seqlens": ([0, 65, 65, 100], [0, 31, 100, 170])},
     "varlen-causal-block-64": {"cu_seqlens": ([0, 65, 65, 100], [0, 90, 100, 170]), "causal": True, "block_size": 64},
     "dropout": {"dropout_p": 0.3},

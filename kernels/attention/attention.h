@@ -55,7 +55,8 @@ struct AttentionProblem {
   bool causal = false;
   bool deterministic = false;
   DType dtype = DType::kFloat32;
-  void* stream = nullptr;  // cudaStream_t
+  void* stream = nullptr;    // cudaStream_t
+  float* partial = nullptr;  // scratch of the forward pass, forward_scratch_*() floats; nullptr when that is 0
 };
 
 // The backward pass also reads p.out and p.lse.
@@ -79,6 +80,8 @@ void attention_fwd_cuda(const AttentionProblem& p);
 void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g);
 
 // What the CUDA backend is made of (cuda.cu).
+bool takes_decode(const AttentionProblem& p);  // whether attention_fwd_decode takes it, and does so faster
+void attention_fwd_decode(const AttentionProblem& p);
 void attention_fwd_sm80(const AttentionProblem& p);
 void attention_fwd_sm90(const AttentionProblem& p);
 void attention_bwd_rows(const AttentionProblem& p,
@@ -86,6 +89,10 @@ void attention_bwd_rows(const AttentionProblem& p,
 void attention_bwd_sm80(const AttentionProblem& p, const AttentionGradients& g);
 void attention_bwd_sm90(const AttentionProblem& p, const AttentionGradients& g);
 void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g);  // dq in a fixed order
+
+// Floats of scratch that a forward pass needs, for what several CTAs compute of one query: none on the CPU.
+int64_t forward_scratch_cpu(const AttentionProblem& p);
+int64_t forward_scratch_cuda(const AttentionProblem& p);
 
 // Floats of scratch that a backward pass needs: a value a row, twice, and what dq is added up in across CTAs, which is
 // nothing on the CPU and in deterministic mode.

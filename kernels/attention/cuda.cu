@@ -25,7 +25,10 @@ BackwardScratch backward_scratch_cuda(const AttentionProblem& p) {
   return {rows, p.deterministic ? 0 : rows * padded_dim(p.head_dim)};
 }
 
-void attention_fwd_cuda(const AttentionProblem& p) { on_hopper(p) ? attention_fwd_sm90(p) : attention_fwd_sm80(p); }
+void attention_fwd_cuda(const AttentionProblem& p) {
+  if (takes_decode(p)) return attention_fwd_decode(p);
+  on_hopper(p) ? attention_fwd_sm90(p) : attention_fwd_sm80(p);
+}
 
 void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g) {
   attention_bwd_rows(p, g);

@@ -164,9 +164,10 @@ Tensor result_like(const Tensor& t, bool packed) {
 
 using Forward = void (*)(const AttentionProblem&);
 using Backward = void (*)(const AttentionProblem&, const AttentionGradients&);
+using ForwardScratch = int64_t (*)(const AttentionProblem&);
 using Scratch = BackwardScratch (*)(const AttentionProblem&);
 
-template <Forward kForward>
+template <Forward kForward, ForwardScratch kScratch>
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor kv_range,
                                          OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
                                          int64_t max_seqlen_k, OptionalTensor row_start, OptionalTensor row_index,
@@ -184,6 +185,9 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalT
   Tensor lse = packed ? zeros_on(q, lse_shape(p), ScalarType::Float) : empty_on(q, lse_shape(p), ScalarType::Float);
   p.out = view_of(out, "out", packed);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const int64_t scratch = kScratch(p);
+  Tensor partial = empty_on(q, {scratch}, ScalarType::Float);
+  if (scratch > 0) p.partial = static_cast<float*>(partial.mutable_data_ptr());
   if (out.numel() > 0) kForward(p);
   return {out, lse};
 }
@@ -241,7 +245,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_models, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_models, CPU, m) {
-  m.impl("attention_fwd", TORCH_BOX(&flash_models::attention_fwd<flash_models::attention_fwd_cpu>));
+  m.impl("attention_fwd",
+         TORCH_BOX((&flash_models::attention_fwd<flash_models::attention_fwd_cpu, flash_models::forward_scratch_cpu>)));
   m.impl(
       "attention_bwd",
       TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cpu, flash_models::backward_scratch_cpu>)));
@@ -249,7 +254,9 @@ STABLE_TORCH_LIBRARY_IMPL(flash_models, CPU, m) {
 
 #ifdef FLASH_MODELS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flash_models, CUDA, m) {
-  m.impl("attention_fwd", TORCH_BOX(&flash_models::attention_fwd<flash_models::attention_fwd_cuda>));
+  m.impl(
+      "attention_fwd",
+      TORCH_BOX((&flash_models::attention_fwd<flash_models::attention_fwd_cuda, flash_models::forward_scratch_cuda>)));
   m.impl(
       "attention_bwd",
       TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cuda, flash_models::backward_scratch_cuda>)));

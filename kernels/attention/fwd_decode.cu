@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Forward pass for few queries against many keys, as in a step of generation with a cache. Nothing can be reused, so
+// the time is that of reading K and V once, and every multiprocessor has to read: the keys of one query are split over
+// CTAs, and a second launch combines what they leave (arXiv 2205.14135, Section 3.1, applied across CTAs).
+//
+//   CTA         128 threads, a part of the keys of one (sequence, head, query)
+//   group       kLanes threads with 8 dimensions each: a row of K and V, kUnroll rows under way at a time
+//   partial     [item][split][kDim + 2] floats: sum of exp2(score - max) v, that sum without v, max; log2 units
+#include <algorithm>
+
+#include "dispatch.cuh"
+#include "softmax.cuh"
+
+namespace flash_models {
+namespace {
+
+constexpr int kThreads = 128, kUnroll = 4, kMaxQueries = 4, kMinKeys = 256;  // of a CTA
+
+// A query's softmax over some keys, 8 dimensions of it.
+struct Partial {
+  float acc[8] = {}, sum = 0.0f, max = -INFINITY;
+
+  __device__ __forceinline__ void rescale(float new_max) {
+    const float factor = max == -INFINITY ? 0.0f : ptx::exp2_approx(max - new_max);
+#pragma unroll
+    for (float& x : acc) x *= factor;
+    sum *= factor;
+    max = new_max;
+  }
+
+  __device__ __forceinline__ void add(const Partial& other) {
+    const float factor = other.max == -INFINITY ? 0.0f : ptx::exp2_approx(other.max - fmaxf(max, other.max));
+    rescale(fmaxf(max, other.max));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) acc[i] += factor * other.acc[i];
+    sum += factor * other.sum;
+  }
+
+  // Adds what the lanes at this distance have.
+  __device__ __forceinline__ void add_lanes(int distance) {
+    Partial other;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) other.acc[i] = __shfl_xor_sync(~0u, acc[i], distance);
+    other.sum = __shfl_xor_sync(~0u, sum, distance);
+    other.max = __shfl_xor_sync(~0u, max, distance);
+    add(other);
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ void unpack(float (&x)[8], const uint4& packed) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(reinterpret_cast<const T*>(&packed)[i]);
+}
+
+// The (sequence, head, query) of an item of a launch.
+struct Item {
+  int query, head, batch;
+  __device__ __forceinline__ Item(const AttentionProblem& p, int number)
+      : query(number % static_cast<int>(p.seqlen_q)),
+        head(number / static_cast<int>(p.seqlen_q) % static_cast<int>(p.heads)),
+        batch(number / static_cast<int>(p.seqlen_q * p.heads)) {}
+
+  __device__ __forceinline__ void store_lse(const AttentionProblem& p, float sum, float max) const {
+    p.lse[(batch * p.heads + head) * p.seqlen_q + query] = sum == 0.0f ? -INFINITY : (max + __log2f(sum)) * kLn2;
+  }
+  template <typename T>
+  __device__ __forceinline__ T* out(const AttentionProblem& p) const {
+    return static_cast<T*>(p.out.data) + batch * p.out.batch + query * p.out.seq + head * p.out.head;
+  }
+};
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads)
+    attention_fwd_decode(const __grid_constant__ AttentionProblem p, int splits) {
+  constexpr int kLanes = kDim <= 32 ? 4 : kDim <= 64 ? 8 : 16, kGroups = kThreads / kLanes;
+  const int number = blockIdx.x / splits, split = blockIdx.x % splits, warp = threadIdx.x / 32;
+  const int group = threadIdx.x / kLanes, dim = 8 * (threadIdx.x % kLanes);
+  const Item item(p, number);
+  const Sequence s = sequence_of(p, item.batch);
+  const Visible visible(p, s);
+  const int last = max(visible.lo, min(visible.hi, item.query + visible.diagonal + 1));
+  const int share = (last - visible.lo + splits - 1) / splits;
+  const int begin = visible.lo + split * share, end = min(begin + share, last);
+  const bool has_dim = dim < p.head_dim;
+
+  float q[8] = {};
+  if (has_dim) {
+    unpack<T>(q, *reinterpret_cast<const uint4*>(static_cast<const T*>(p.q.data) + item.batch * p.q.batch +
+                                                 item.query * p.q.seq + item.head * p.q.head + dim));
+  }
+  const T* k = static_cast<const T*>(p.k.data) + key_offset(p.k, s, item.batch, item.head) + dim;
+  const T* v = static_cast<const T*>(p.v.data) + key_offset(p.v, s, item.batch, item.head) + dim;
+  const float scale_log2 = p.scale * kLog2e;
+
+  Partial result;
+  for (int key0 = begin + group; key0 - group < end; key0 += kUnroll * kGroups) {
+    uint4 rows_k[kUnroll] = {}, rows_v[kUnroll] = {};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t key = key0 + u * kGroups;
+      if (key < end && has_dim) {
+        rows_k[u] = *reinterpret_cast<const uint4*>(k + key * p.k.seq);
+        rows_v[u] = *reinterpret_cast<const uint4*>(v + key * p.v.seq);
+      }
+    }
+    float scores[kUnroll], top = result.max, x[8];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      unpack<T>(x, rows_k[u]);
+      float dot = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) dot = fmaf(q[i], x[i], dot);
+#pragma unroll
+      for (int distance = 1; distance < kLanes; distance *= 2) dot += __shfl_xor_sync(~0u, dot, distance);
+      scores[u] = key0 + u * kGroups < end ? dot * scale_log2 : -INFINITY;
+      top = fmaxf(top, scores[u]);
+    }
+    result.rescale(top);
+    const float shift = top == -INFINITY ? 0.0f : top;  // a group may have no key yet; a NaN among scores stays one
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const float probability = ptx::exp2_approx(scores[u] - shift);
+      unpack<T>(x, rows_v[u]);
+      result.sum += probability;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) result.acc[i] = fmaf(probability, x[i], result.acc[i]);
+    }
+  }
+
+#pragma unroll
+  for (int distance = kLanes; distance < 32; distance *= 2) result.add_lanes(distance);
+  Partial* warps = static_cast<Partial*>(__cvta_shared_to_generic(ptx::dynamic_shared()));
+  if (threadIdx.x % 32 < kLanes) warps[warp * kLanes + threadIdx.x % 32] = result;
+  __syncthreads();
+  if (threadIdx.x >= kLanes) return;
+#pragma unroll
+  for (int other = 1; other < kThreads / 32; ++other) result.add(warps[other * kLanes + threadIdx.x]);
+
+  if (splits > 1) {
+    float* partial = p.partial + int64_t{blockIdx.x} * (kDim + 2);
+    if (dim < kDim)  // at 96 a group has lanes to spare
+#pragma unroll
+      for (int i = 0; i < 8; ++i) partial[dim + i] = result.acc[i];
+    if (dim == 0) partial[kDim] = result.sum, partial[kDim + 1] = result.max;
+  } else {
+    const float factor = result.sum == 0.0f ? 0.0f : 1.0f / result.sum;
+    if (has_dim)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) item.out<T>(p)[dim + i] = static_cast<T>(result.acc[i] * factor);
+    if (dim == 0) item.store_lse(p, result.sum, result.max);
+  }
+}
+
+// One CTA an item, one thread a dimension.
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kDim)
+    attention_fwd_decode_combine(const __grid_constant__ AttentionProblem p, int splits) {
+  const Item item(p, blockIdx.x);
+  const float* partial = p.partial + int64_t{blockIdx.x} * splits * (kDim + 2);
+  float top = -INFINITY, sum = 0.0f, out = 0.0f;
+  for (int split = 0; split < splits; ++split) top = fmaxf(top, partial[split * (kDim + 2) + kDim + 1]);
+  for (int split = 0; split < splits; ++split) {
+    const float* part = partial + split * (kDim + 2);
+    const float factor = part[kDim + 1] == -INFINITY ? 0.0f : ptx::exp2_approx(part[kDim + 1] - top);
+    sum = fmaf(factor, part[kDim], sum);
+    out = fmaf(factor, part[threadIdx.x], out);
+  }
+  if (threadIdx.x < p.head_dim) item.out<T>(p)[threadIdx.x] = static_cast<T>(sum == 0.0f ? 0.0f : out / sum);
+  if (threadIdx.x == 0) item.store_lse(p, sum, top);
+}
+
+int64_t items_of(const AttentionProblem& p) { return p.batch * p.heads * p.seqlen_q; }
+
+// Enough CTAs to keep every multiprocessor reading, with enough keys each to be worth starting.
+int64_t splits_of(const AttentionProblem& p) {
+  return std::min(ceil_div(8 * multiprocessors(), items_of(p)), std::max<int64_t>(1, p.seqlen_k / kMinKeys));
+}
+
+}  // namespace
+
+bool takes_decode(const AttentionProblem& p) {
+  return p.seqlen_q <= kMaxQueries && p.cu_seqlens_q == nullptr && p.rows.start == nullptr && p.rng_state == nullptr;
+}
+
+int64_t forward_scratch_cuda(const AttentionProblem& p) {
+  if (!takes_decode(p) || items_of(p) == 0 || splits_of(p) == 1) return 0;
+  return items_of(p) * splits_of(p) * (padded_dim(p.head_dim) + 2);
+}
+
+void attention_fwd_decode(const AttentionProblem& p) {
+  const int splits = static_cast<int>(splits_of(p));
+  dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
+    if constexpr (!kDropout) {
+      launch("attention_fwd_decode", attention_fwd_decode<T, kDim>, items_of(p) * splits, kThreads,
+             kThreads * static_cast<int>(sizeof(Partial)), p.stream, p, splits);
+      if (splits > 1)
+        launch("attention_fwd_decode_combine", attention_fwd_decode_combine<T, kDim>, items_of(p), kDim, 0, p.stream, p,
+               splits);
+    }
+  });
+}
+
+}  // namespace flash_models
