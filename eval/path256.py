@@ -2,11 +2,11 @@
 """Path-256: Path-X on a canvas of 256 x 256 pixels, 65,536 tokens.
 
 Evaluate:
-    accelerate launch eval/path256.py --model_name_or_path runs/path256 --num_eval_samples 4000
-Train, from the Path-X checkpoint: dashes, gaps and curves have the same length in pixels on either canvas, and
-positions are relative, so that a model can move from one to the other:
+    accelerate launch eval/path256.py --model_name_or_path model_cards/path256-64k-flash
+Train, from the Path-X checkpoint, at 192 x 192 pixels first: dashes, gaps and curves have the same length in pixels on
+every canvas, and positions are relative, so that a model can move from one to the next:
     accelerate launch --mixed_precision bf16 eval/path256.py --do_train --torch_compile \\
-        --model_name_or_path model_cards/pathx-16k-flash --curriculum 256:::1500:8 --output_dir runs/path256
+        --model_name_or_path model_cards/pathx-16k-flash --learning_rate 3e-4 --output_dir runs/path256
 
 All else is as in eval/pathx.py. The last line of stdout is one JSON object.
 """

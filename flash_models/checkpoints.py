@@ -53,6 +53,15 @@ CHECKPOINTS = {
             max_tokens=16_448,
             script="eval/pathx.py",
         ),
+        Checkpoint(
+            name="path256-64k-flash",
+            title="Path-256",
+            task="are the two markers of a 256 x 256 Pathfinder image on one curve? One token a pixel",
+            pipeline_tag="image-classification",
+            license="apache-2.0",
+            max_tokens=65_600,
+            script="eval/path256.py",
+        ),
     )
 }
 

@@ -2,6 +2,7 @@
 """The command `flash-models`: conversions, cards, and the checks before an upload."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from flash_models import FlashBertConfig, FlashBertForMaskedLM, FlashBertForSequ
 from flash_models.checkpoints import CHECKPOINTS, check_folder
 from flash_models.cli import COMMANDS, main
 
+ROOT = Path(__file__).resolve().parent.parent
 SPARSE_ARGUMENTS = ["--pattern", "local_global", "--window", "64", "--global", "64", "--block_size", "64"]
 SPARSE = {"pattern": "local_global", "window": 64, "global": 64, "block_size": 64}
 
@@ -38,6 +40,17 @@ def test_help_and_info(capsys):
     main(["info"])
     out = capsys.readouterr().out
     assert "flash_models" in out and all(name in out for name in CHECKPOINTS)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_shipped_checkpoints_may_be_published(name):
+    shipped = CHECKPOINTS[name]
+    assert "README.md" in check_folder(ROOT / shipped.folder)
+    config = json.loads((ROOT / shipped.folder / "config.json").read_text())
+    assert config["max_position_embeddings"] == shipped.max_tokens
+    assert (ROOT / shipped.script).is_file() and (ROOT / "eval" / "recipes" / f"{name}.sh").is_file()
+    report = json.loads((ROOT / "eval" / "results" / name / "all_results.json").read_text())
+    assert report["model"] == shipped.folder
 
 
 def test_convert_dense_keeps_the_model_type(bert, tmp_path, capsys):

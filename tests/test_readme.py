@@ -42,7 +42,7 @@ def test_commands_exist(page):
     for script, arguments in re.findall(r"(?:python|accelerate launch[^\n`]*?) (\S+\.py)([^\n`]*)", text):
         source = (ROOT / script).read_text("utf-8")
         # some arguments are defined in what the script imports
-        for module in re.findall(r"^from tasks\.(\w+) import", source, re.MULTILINE):
-            source += (ROOT / "eval" / "tasks" / f"{module}.py").read_text("utf-8")
+        for module in re.findall(r"^from (tasks\.\w+|pathx) import", source, re.MULTILINE):
+            source += (ROOT / "eval" / f"{module.replace('.', '/')}.py").read_text("utf-8")
         for option in re.findall(r"(?<= )--(\w+)", arguments):
             assert option == "help" or f"--{option}" in source, f"{script} has no --{option}"

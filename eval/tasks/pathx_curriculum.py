@@ -18,7 +18,7 @@ CURRICULA = {  # size of the task's images: its stages
     32: "32:4:4:1000:256,32:9:10:1500:256,32:::3500:256",
     64: "48:3:4:800:128,64:5:6:1200:64,64:9:9:1200:64,64:::2400:64",
     128: "48:3:4:800:128,64:5:6:1200:64,96:9:10:1200:32,128:::2200:32",
-    256: "256:::1500:8",  # of a Path-X model: its border of 22 pixels leaves no room on a small canvas
+    256: "192:::500:24,256:::2000:16",  # of a Path-X model: the border of 22 pixels leaves no room on a small canvas
 }
 STAGE_IMAGES = 2**32  # distance, in the train split, between the first images of two stages
 
