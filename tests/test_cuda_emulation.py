@@ -35,7 +35,9 @@ def emulated(request, tmp_path_factory):
     folder, name = tmp_path_factory.mktemp("emulated"), f"emulated_{request.param}"
     torch_dir = Path(torch.__file__).parent
     command = ["g++", "-std=c++20", "-O1", "-fPIC", "-w", "-x", "c++", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += [f"-D{op}_cpu={op}_cuda" for op in ("attention_fwd", "attention_bwd", "forward_scratch", "backward_scratch")]
+    command += [
+        f"-D{op}_cpu={op}_cuda" for op in ("attention_fwd", "attention_bwd", "forward_scratch", "backward_scratch")
+    ]
     command += [f"-Dflash_models={name}", f"-DFM_EMULATED_CAPABILITY={request.param.removeprefix('sm')}"]
     command += [f"-I{p}" for p in (ROOT / "tests/emulation", ROOT / "kernels", CUDA_INCLUDE, torch_dir / "include")]
 
