@@ -117,6 +117,9 @@ def parse_args(argv=None, image_size=128, description=__doc__):
 def train(args, accelerator, model):
     """Returns (model to keep, finished). Saves the checkpoint when the curriculum is complete."""
     stages = parse_curriculum(args.curriculum)
+    config, tokens = model.config, getattr(model.config, "num_global_tokens", 0) + args.image_size**2
+    if getattr(config, "position_embedding_type", "absolute") != "absolute":  # no table: the config says what it is for
+        config.max_position_embeddings = max(config.max_position_embeddings, tokens)
     start_trackers(args, accelerator, "pathx")
     trainer = Trainer(args, accelerator, model, stages)
     if trainer.tracer.curve_layers:

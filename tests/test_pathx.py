@@ -106,6 +106,7 @@ def test_path256_goes_on_from_a_path_x_model(config, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "large" / "all_results.json").read_text())
     assert report["model"] == str(tmp_path / "large")  # what is scored, not what it began as
     assert report["task"] == "pathfinder-256" and report["training"] == {"finished": True, "steps": 2, "of": 2}
+    assert json.loads((tmp_path / "large" / "config.json").read_text())["max_position_embeddings"] == 64 + 256**2
     assert (
         load_file(tmp_path / "large" / "model.safetensors").keys()
         == load_file(tmp_path / "small" / "model.safetensors").keys()

@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Backward pass for Hopper (sm_90a; arXiv 2205.14135, Algorithm 4), after bwd_rows.cu two launches:
-//   1. One CTA a tile of 64 * kWarpgroups keys walks the query tiles that see it; one warp is the producer, each
-//   consumer
-//      warpgroup owns 64 keys. Scores are computed transposed, so that P^T and dS^T lie in registers as the A operands
-//      of the products that follow; dS^T alone also goes to shared memory, where dQ needs it from all keys:
+//   1. One CTA a tile of 64 * kWarpgroups keys walks the query tiles that see it; one warp is the producer, and a
+//      consumer warpgroup owns 64 keys. Scores are computed transposed, so that P^T and dS^T lie in registers as the A
+//      operands of the products that follow; dS^T alone also goes to shared memory, where dQ needs it from all keys:
 //        S^T  = K Q^T        P^T  = exp2(scale log2(e) S^T - shift)      dV += P^T dO
 //        dP^T = V dO^T       dS^T = P^T * (dP^T - delta)                 dK += scale dS^T Q      dQ += scale dS K
 //   2. The fp32 sum of dQ, added up by the copy engine, is scaled and rounded. In deterministic mode 1. leaves dQ to
-//   bwd_dq_sm80.cu.
+//      bwd_dq_sm80.cu.
 //
 //   dQ needs the dS^T of all consumers and waits for it until the next tile, so that none of them waits for another and
 //   one's softmax runs under the products of the others:
 //
-//   tensor cores   S^T, dQ of the last tile | dP^T        |      | dV, dK     | S^T, dQ ...
-//   other units                             | add dQ, P^T | dS^T | store dS^T |
+//   tensor cores   S^T, dQ of the last tile | dP^T          |      | dV, dK             | S^T, dQ ...
+//   other units                             | store dQ, P^T | dS^T | store dS^T, add dQ |
 //
-//   shared memory   K | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | shift | delta
+//   shared memory   K | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ]
+//                   dQ of each warp [16 x kDqDim] | shift | delta
 //   registers       S^T, dP^T 64 x kTileQ, dK, dV 64 x kDim, dQ 64 x kDqDim, fp32, per warpgroup
 //   barriers        full, empty: as in fwd_sm90.cu; ds_full: all consumers have written dS^T
 #include "dispatch.cuh"
