@@ -228,7 +228,8 @@ def test_two_processes_learn_what_one_does(bert, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *script]
     whole = [*launch, "--learning_rate", 5e-3, *command, "--per_device_train_batch_size", 4]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([str(part) for part in whole], env=environment, check=True, capture_output=True, timeout=120)
+    ended = subprocess.run([str(part) for part in whole], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     assert json.loads((tmp_path / "two" / "all_results.json").read_text())["num_processes"] == 2
     expected = load_file(tmp_path / "one" / "checkpoint" / "exp_avg.safetensors")
     size = max(value.abs().max() for value in expected.values())
