@@ -186,8 +186,11 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalT
   p.out = view_of(out, "out", packed);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   const int64_t scratch = kScratch(p);
-  Tensor partial = empty_on(q, {scratch}, ScalarType::Float);
-  if (scratch > 0) p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  std::optional<Tensor> partial;
+  if (scratch > 0) {
+    partial = empty_on(q, {scratch}, ScalarType::Float);
+    p.partial = static_cast<float*>(partial->mutable_data_ptr());
+  }
   if (out.numel() > 0) kForward(p);
   return {out, lse};
 }
