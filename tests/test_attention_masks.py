@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("seqlen_q, seqlen_k", [(113, 203), (130, 64), (1, 300)])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(113, 203), (130, 64), (1, 300), (3, 1300)])
 def test_kv_range(seqlen_q, seqlen_k, causal, target):
     ranges = [[0, seqlen_k], [0, 1], [37, seqlen_k], [seqlen_k - 1, seqlen_k], [5, 61], [9, 9], [50, 20]]
     q, k, v = random_qkv(seqlen_q, seqlen_k, batch=len(ranges), **target)
