@@ -41,6 +41,12 @@ import flash_models
 from flash_models.reference import attention_reference
 
 
+def error_ratio(result, exact, plain):
+    """The error of `result` over that of `plain`, plain PyTorch's in the same dtype, with half a rounding allowed."""
+    noise = torch.finfo(result.dtype).eps * exact.abs().max()
+    return ((result - exact).abs().max() / ((plain - exact).abs().max() + noise / 2)).item()
+
+
 def verify(case, inputs, dout):
     """Largest error of output and gradients of the first head, as a multiple of plain PyTorch's. Exits if above 2."""
     device = inputs[0].device
@@ -60,8 +66,7 @@ def verify(case, inputs, dout):
         values += [out.detach(), *torch.autograd.grad(out, (q, k, v), first_dout)]
     worst = 0.0
     for name, result, exact, other in zip(("out", "dq", "dk", "dv"), results, truth, plain, strict=True):
-        noise = torch.finfo(result.dtype).eps * exact.abs().max()
-        ratio = ((result[:1, :, :1] - exact).abs().max() / ((other - exact).abs().max() + noise / 2)).item()
+        ratio = error_ratio(result[:1, :, :1], exact, other)
         if not ratio <= 2:
             sys.exit(f"{case}: the error of {name} is {ratio:.2f} times that of plain PyTorch, more than 2: not timed")
         worst = max(worst, ratio)

@@ -12,8 +12,6 @@ namespace {
 
 constexpr int kThreads = 128;
 
-__host__ __device__ constexpr int lanes_of_row(int dim) { return dim <= 32 ? 4 : dim <= 64 ? 8 : 16; }
-
 // The sequence that owns tile `tile` of a head, by where the sequences' tiles start (row_tiles.cuh).
 __device__ __forceinline__ int sequence_of_tile(const AttentionProblem& p, int tile) {
   if (p.cu_seqlens_q == nullptr) return tile / static_cast<int>(row_tiles_of_sequence(p));

@@ -42,6 +42,9 @@ inline int padded_dim(int64_t head_dim) {
   return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : 128;
 }
 
+// Lanes that hold a row of `dim` elements, 16 bytes each; at 96 some are to spare.
+__host__ __device__ constexpr int lanes_of_row(int dim) { return dim <= 32 ? 4 : dim <= 64 ? 8 : 16; }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace flash_models

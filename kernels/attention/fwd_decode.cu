@@ -56,42 +56,42 @@ __device__ __forceinline__ void unpack(float (&x)[8], const uint4& packed) {
 
 // The (sequence, head, query) of an item of a launch.
 struct Item {
-  int query, head, batch;
+  const int query, head, batch;
+  const Sequence s;
+
   __device__ __forceinline__ Item(const AttentionProblem& p, int number)
       : query(number % static_cast<int>(p.seqlen_q)),
         head(number / static_cast<int>(p.seqlen_q) % static_cast<int>(p.heads)),
-        batch(number / static_cast<int>(p.seqlen_q * p.heads)) {}
+        batch(number / static_cast<int>(p.seqlen_q * p.heads)),
+        s(sequence_of(p, batch)) {}
 
   __device__ __forceinline__ void store_lse(const AttentionProblem& p, float sum, float max) const {
-    p.lse[(batch * p.heads + head) * p.seqlen_q + query] = sum == 0.0f ? -INFINITY : (max + __log2f(sum)) * kLn2;
+    p.lse[lse_offset(p, s, batch, head) + query] = sum == 0.0f ? -INFINITY : (max + __log2f(sum)) * kLn2;
   }
+  // Its row of q or out.
   template <typename T>
-  __device__ __forceinline__ T* out(const AttentionProblem& p) const {
-    return static_cast<T*>(p.out.data) + batch * p.out.batch + query * p.out.seq + head * p.out.head;
+  __device__ __forceinline__ T* row(const View& v) const {
+    return static_cast<T*>(v.data) + query_offset(v, s, batch, head) + query * v.seq;
   }
 };
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads)
     attention_fwd_decode(const __grid_constant__ AttentionProblem p, int splits) {
-  constexpr int kLanes = kDim <= 32 ? 4 : kDim <= 64 ? 8 : 16, kGroups = kThreads / kLanes;
+  constexpr int kLanes = lanes_of_row(kDim), kGroups = kThreads / kLanes;
   const int number = blockIdx.x / splits, split = blockIdx.x % splits, warp = threadIdx.x / 32;
   const int group = threadIdx.x / kLanes, dim = 8 * (threadIdx.x % kLanes);
   const Item item(p, number);
-  const Sequence s = sequence_of(p, item.batch);
-  const Visible visible(p, s);
+  const Visible visible(p, item.s);
   const int last = max(visible.lo, min(visible.hi, item.query + visible.diagonal + 1));
   const int share = (last - visible.lo + splits - 1) / splits;
   const int begin = visible.lo + split * share, end = min(begin + share, last);
   const bool has_dim = dim < p.head_dim;
 
   float q[8] = {};
-  if (has_dim) {
-    unpack<T>(q, *reinterpret_cast<const uint4*>(static_cast<const T*>(p.q.data) + item.batch * p.q.batch +
-                                                 item.query * p.q.seq + item.head * p.q.head + dim));
-  }
-  const T* k = static_cast<const T*>(p.k.data) + key_offset(p.k, s, item.batch, item.head) + dim;
-  const T* v = static_cast<const T*>(p.v.data) + key_offset(p.v, s, item.batch, item.head) + dim;
+  if (has_dim) unpack<T>(q, *reinterpret_cast<const uint4*>(item.row<const T>(p.q) + dim));
+  const T* k = static_cast<const T*>(p.k.data) + key_offset(p.k, item.s, item.batch, item.head) + dim;
+  const T* v = static_cast<const T*>(p.v.data) + key_offset(p.v, item.s, item.batch, item.head) + dim;
   const float scale_log2 = p.scale * kLog2e;
 
   Partial result;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
     const float factor = result.sum == 0.0f ? 0.0f : 1.0f / result.sum;
     if (has_dim)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) item.out<T>(p)[dim + i] = static_cast<T>(result.acc[i] * factor);
+      for (int i = 0; i < 8; ++i) item.row<T>(p.out)[dim + i] = static_cast<T>(result.acc[i] * factor);
     if (dim == 0) item.store_lse(p, result.sum, result.max);
   }
 }
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kDim)
     sum = fmaf(factor, part[kDim], sum);
     out = fmaf(factor, part[threadIdx.x], out);
   }
-  if (threadIdx.x < p.head_dim) item.out<T>(p)[threadIdx.x] = static_cast<T>(sum == 0.0f ? 0.0f : out / sum);
+  if (threadIdx.x < p.head_dim) item.row<T>(p.out)[threadIdx.x] = static_cast<T>(sum == 0.0f ? 0.0f : out / sum);
   if (threadIdx.x == 0) item.store_lse(p, sum, top);
 }
 
