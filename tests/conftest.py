@@ -29,6 +29,12 @@ def pytest_sessionfinish(session):
         compatibility.write(session.config)
 
 
+@pytest.fixture
+def strict(monkeypatch):
+    """Anything that does not reach the kernels is an error, also values of tensors on CUDA that only this looks at."""
+    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     return torch.device(request.param)

@@ -8,11 +8,7 @@ import torch
 
 from flash_models import _checks, attention, layouts
 
-
-@pytest.fixture(autouse=True)
-def strict(monkeypatch):
-    """Values of tensors on CUDA are checked as well."""
-    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 @pytest.fixture

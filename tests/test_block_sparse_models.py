@@ -26,10 +26,7 @@ LENGTH = 500  # 8 blocks, the last cut off
 POSITIONS = {"bert": {"max_position_embeddings": LENGTH}, "gpt2": {"n_positions": LENGTH, "use_cache": False}}
 
 
-@pytest.fixture(autouse=True)
-def strict(monkeypatch):
-    """Anything that does not reach the kernels is an error."""
-    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def models(name, block_sparse, device, **options):

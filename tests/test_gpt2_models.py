@@ -18,10 +18,7 @@ CPU = torch.device("cpu")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture(autouse=True)
-def strict(monkeypatch):
-    """Whatever these models do reaches the kernels, except where a test takes this back."""
-    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def flash_config(**options):

@@ -17,10 +17,7 @@ from flash_models.models import bert, gpt2
 every_head = pytest.mark.parametrize("name", HEADS)
 
 
-@pytest.fixture(autouse=True)
-def strict(monkeypatch):
-    """Whatever these models do reaches the kernels."""
-    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def flash_class(name):

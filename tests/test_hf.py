@@ -22,12 +22,6 @@ from transformers import BertLMHeadModel, GPT2LMHeadModel
 from flash_models import hf, patch
 
 
-@pytest.fixture
-def strict(monkeypatch):
-    """Anything that does not reach the kernels is an error."""
-    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
-
-
 @pytest.mark.filterwarnings("ignore:flash_models uses PyTorch")  # for holes; see test_hf_fallback.py
 @pytest.mark.parametrize("padded", ["none", "full", "right", "left", "both", "holes"])
 @pytest.mark.parametrize("name", MODELS)

@@ -17,12 +17,6 @@ def no_warning_given_yet(monkeypatch):
     monkeypatch.setattr(hf, "_warned", set())
 
 
-@pytest.fixture
-def strict(monkeypatch):
-    """Anything that does not reach the kernels is an error."""
-    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
-
-
 class Stub(nn.Module):
     """An attention module as a model of another family may have it."""
 

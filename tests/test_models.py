@@ -25,11 +25,7 @@ from flash_models import (
     layouts,
 )
 
-
-@pytest.fixture(autouse=True)
-def strict(monkeypatch):
-    """Whatever a FlashBert does reaches the kernels."""
-    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 PAIRS = [(BertModel, FlashBertModel), (BertForSequenceClassification, FlashBertForSequenceClassification)]

@@ -24,11 +24,7 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 from flash_models import DataCollatorForPackedMaskedLM, hf, patch, unpatch
 from flash_models.models import hooks
 
-
-@pytest.fixture(autouse=True)
-def strict(monkeypatch):
-    """Anything that does not reach the kernels is an error, except where a test takes this back."""
-    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def document_logits(model, documents):

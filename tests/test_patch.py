@@ -13,12 +13,6 @@ from transformers import RobertaConfig, RobertaModel
 from flash_models import FlashGPT2Config, FlashGPT2Model, patch, unpatch
 
 
-@pytest.fixture
-def strict(monkeypatch):
-    """Anything that does not reach the kernels is an error."""
-    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_unpatch_restores_exactly(name):
     model = MODELS[name]()

@@ -24,11 +24,7 @@ from flash_models.models.modeling import FlashBertMixin
 from flash_models.models.rotary import rotary_tables, rotate
 from flash_models.reference import attention_reference
 
-
-@pytest.fixture(autouse=True)
-def strict(monkeypatch):
-    """Whatever a FlashBert does reaches the kernels."""
-    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def turned(x, angle):

@@ -29,12 +29,6 @@ from flash_models import DataCollatorForPackedMaskedLM, FlashBertConfig, FlashBe
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def strict(monkeypatch):
-    """Anything that does not reach the kernels is an error."""
-    monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
-
-
 # models of other families, by name
 
 
