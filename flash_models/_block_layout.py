@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`BlockLayout`, the lists of blocks that the kernels walk, and how they are made from a mask of blocks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
-from ._cache import remember
-from ._schedule import make_schedule
+from ._schedule import make_schedule, piece_size
 
 BLOCK_SIZES = (64, 128)
 MAX_BLOCKS = 2**31  # the lists count in int32
@@ -58,7 +58,10 @@ class BlockLayout:
     col_index: torch.Tensor  # int32 (as row_index,)
     max_listed: int  # listed blocks of all Hl heads together, or more: what the host knows without asking the device
     names: tuple[str, ...] = ("block mask",)  # the pattern and its parameters, for figures; one, or one per head
-    _schedules: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        if self.device.type == "cuda":  # now, because torch.compile and CUDA graphs only read what there is
+            self.row_items, self.col_items  # noqa: B018
 
     @property
     def num_heads(self):
@@ -84,20 +87,25 @@ class BlockLayout:
         mask = self.to_dense().repeat_interleave(self.block_size, 1).repeat_interleave(self.block_size, 2)
         return mask[:, : self.seqlen_q, : self.seqlen_k]
 
-    def schedule(self, max_blocks, *, transposed=False):
-        """The rows of all heads (`transposed`: the columns) cut into pieces of at most `max_blocks` listed blocks.
+    @cached_property
+    def row_items(self):
+        """The work of the forward pass on CUDA, as of `make_schedule`."""
+        return self._items(self.row_start, self.col_start)
 
-        A `WorkSchedule`, made without waiting for the device and remembered by the layout.
-        """
-        if not isinstance(max_blocks, int) or max_blocks < 1:
-            raise ValueError(f"max_blocks must be a positive number of listed blocks, got {max_blocks!r}")
-        start, other = (self.col_start, self.row_start) if transposed else (self.row_start, self.col_start)
-        longest = other.shape[1] - 1
-        return remember(
-            self._schedules,
-            (max_blocks, transposed),
-            lambda: make_schedule(start, max_blocks, max_length=longest, max_listed=self.max_listed),
-        )
+    @cached_property
+    def col_items(self):
+        """The work of the backward pass for keys and values on CUDA."""
+        return self.row_items if self.col_start is self.row_start else self._items(self.col_start, self.row_start)
+
+    def _items(self, start, other):
+        lines = start.shape[0] * (start.shape[1] - 1)
+        max_blocks = piece_size(lines, self.max_listed)
+        return make_schedule(start, max_blocks, max_length=other.shape[1] - 1, max_listed=self.max_listed)
+
+    def op_arguments(self):
+        """The layout as the ops take it. The work items are for CUDA."""
+        items = (self.row_items, self.col_items) if self.device.type == "cuda" else (None, None)
+        return self.row_start, self.row_index, self.col_start, self.col_index, *items, self.block_size
 
     def plot(self, path):
         """Draw the pattern, heads that differ side by side, into the image file `path`. Needs matplotlib."""

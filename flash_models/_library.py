@@ -18,8 +18,8 @@ _NAME = "_kernels.so"
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? kv_range, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? row_start, Tensor? row_index, Tensor? col_start, "
-    "Tensor? col_index, int block_size, Tensor? rng_state, float dropout_p, float scale, bool causal, "
-    "bool deterministic"
+    "Tensor? col_index, Tensor? row_items, Tensor? col_items, int block_size, Tensor? rng_state, float dropout_p, "
+    "float scale, bool causal, bool deterministic"
 )
 # The schemas of kernels/attention/op.cpp, which a compiled library brings with it.
 SCHEMAS = {

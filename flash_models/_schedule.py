@@ -1,58 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting long rows of a block layout into pieces, so that no worker owns one that takes far longer than the others."""
-
-from dataclasses import dataclass
+"""Cutting long lines of a block layout into pieces, so that no worker owns one that takes far longer than the others."""
 
 import torch
-import torch.nn.functional as F
+
+MIN_PIECE = 16  # blocks
+PIECE_OVER_MEAN = 8
+MIN_PARTIAL = 32  # partial results of one pattern
 
 
-@dataclass(frozen=True, eq=False)
-class WorkSchedule:
-    """Work items, each a piece of one line: of a row of blocks (forward, dq), or of a column of blocks (dk, dv).
-
-    Line h * lines_per_head + i is row or column i of head h of the layout. Item n visits the listed blocks at the
-    positions `first[n] .. last[n] - 1` of the layout's `row_index` or `col_index`, at most `max_blocks`. A line that
-    is one item, which also a line without blocks is, has slot -1: the item writes the line's result. Of a longer line,
-    item n leaves a partial result in slot `slot[n]`, and the slots of line r, `slot_start[r] .. slot_start[r + 1] - 1`,
-    are then combined: outputs weighted by exp(lse - combined lse), gradients summed.
-
-    The pieces of a line follow each other and differ in length by at most one block. The host knows bounds, not counts:
-    spare items, which all come last, have line -1 and no blocks.
-    """
-
-    max_blocks: int
-    lines_per_head: int
-    line: torch.Tensor  # int32 (max_items,), -1: spare
-    first: torch.Tensor  # int32 (max_items,)
-    last: torch.Tensor  # int32 (max_items,), one past the last position
-    slot: torch.Tensor  # int32 (max_items,), -1: not a partial result
-    slot_start: torch.Tensor  # int32 (lines + 1,), an empty range for lines of one item
-    max_slots: int  # partial results of all lines together, or more
-
-    @property
-    def max_items(self):
-        """Items, or more: the number of workers to start."""
-        return self.line.numel()
+def piece_size(lines, max_listed):
+    """Blocks of the longest piece that a worker gets, for `max_listed` blocks over so many lines."""
+    return max(MIN_PIECE, PIECE_OVER_MEAN * -(-max_listed // max(lines, 1)))
 
 
-def make_schedule(start, max_blocks, *, max_length, max_listed):
-    """The schedule of lists that begin and end at `start`, int32 (Hl, lines_per_head + 1), as in `BlockLayout`.
+def make_schedule(start, max_blocks, *, max_length, max_listed, max_partial=None):
+    """Work items, each a piece of one line: of a row of blocks (forward), or of a column of blocks (dk, dv).
 
-    max_length, max_listed: upper bounds of the length of one list and of all together, which bound the sizes.
+    start: int32 (Hl, lines + 1), where the lists of every line begin and end, as in `BlockLayout`. max_length,
+    max_listed: upper bounds of the length of one list and of all together, which bound the sizes; max_partial: of the
+    partial results, an eighth of the lines if None. What would exceed it stays whole.
+
+    Returns int32 (Hl * lines + n, 4), n the most partial results there can be. Item (line, first, last, slot) visits
+    the listed blocks at the positions first .. last - 1 of `row_index` or `col_index`, at most `max_blocks` where the
+    line is cut. Line h * lines + i is row or column i of head h of the layout. A line that is one item, which also a
+    line without blocks is, has slot -1: the item writes the line's result. The items of a longer line follow each
+    other, differ in length by at most one block, and leave partial results in slots of their own, to be combined:
+    outputs weighted by exp(lse - combined lse), gradients summed. The host knows bounds, not counts: spare items, which
+    come last, have line -1 and no blocks.
     """
     lines = start.shape[0] * (start.shape[1] - 1)
-    # ceil(length / max_blocks) <= 1 + floor(length / max_blocks), and longer lines have more than max_blocks entries
-    pieces_at_most = -(-max_length // max_blocks)
-    max_items = min(lines * max(pieces_at_most, 1), lines + max_listed // max_blocks)
-    max_slots = min(max_items, max_listed // max_blocks + max_listed // (max_blocks + 1)) if pieces_at_most > 1 else 0
+    if max_partial is None:
+        max_partial = max(MIN_PARTIAL * start.shape[0], lines // 8)
+    # a line that is cut has more than max_blocks entries and ceil(length / max_blocks) <= 1 + floor(...) pieces
+    if max_length <= max_blocks:
+        max_partial = 0
+    max_partial = min(max_partial, max_listed // max_blocks + max_listed // (max_blocks + 1))
 
     begin, length = start[:, :-1].flatten().long(), start.diff(dim=1).flatten().long()
     pieces = ((length + max_blocks - 1) // max_blocks).clamp(min=1)
-    item_end = pieces.cumsum(0)
-    slot_start = F.pad(torch.where(pieces > 1, pieces, 0).cumsum(0), (1, 0))
+    partial = torch.where(pieces > 1, pieces, 0)
+    whole = (pieces > 1) & (partial.cumsum(0) > max_partial)  # lines after the last that fits, longer ones or not
+    pieces, partial = pieces.masked_fill(whole, 1), partial.masked_fill(whole, 0)
+    item_end, slot_end = pieces.cumsum(0), partial.cumsum(0)
 
-    item = torch.arange(max_items, device=start.device)
+    item = torch.arange(lines + max_partial, device=start.device)
     line = torch.searchsorted(item_end, item, right=True)
     spare = line == lines
     line = line.clamp(max=lines - 1)
@@ -60,13 +51,6 @@ def make_schedule(start, max_blocks, *, max_length, max_listed):
     piece = item - (item_end[line] - of_line)
     first = begin[line] + length[line] * piece // of_line
     last = begin[line] + length[line] * (piece + 1) // of_line
-    return WorkSchedule(
-        max_blocks=max_blocks,
-        lines_per_head=start.shape[1] - 1,
-        line=torch.where(spare, -1, line).int(),
-        first=torch.where(spare, 0, first).int(),
-        last=torch.where(spare, 0, last).int(),
-        slot=torch.where(spare | (of_line == 1), -1, slot_start[line] + piece).int(),
-        slot_start=slot_start.int(),
-        max_slots=max_slots,
-    )
+    slot = torch.where(of_line == 1, -1, slot_end[line] - of_line + piece)
+    items = line.masked_fill(spare, -1), first.masked_fill(spare, 0), last.masked_fill(spare, 0)
+    return torch.stack([*items, slot.masked_fill(spare, -1)], 1).int()

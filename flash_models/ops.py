@@ -14,6 +14,8 @@ from ._checks import check_kv_range, check_layout, check_packed, check_qkv
 attention_fwd = torch.ops.flash_models.attention_fwd.default
 attention_bwd = torch.ops.flash_models.attention_bwd.default
 
+_DENSE = (None, None, None, None, None, None, 0)  # as `BlockLayout.op_arguments`
+
 
 def attention(
     q,
@@ -83,11 +85,10 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale < 0.0:
         q, scale = -q, -scale  # the kernels follow the maximum of the unscaled scores
-    lists, block_size = (None, None, None, None), 0
+    blocks = _DENSE
     if layout is not None:
         check_layout(layout, q.shape[-2], max_seqlen_q, max_seqlen_k, device)
-        lists = layout.row_start, layout.row_index, layout.col_start, layout.col_index
-        block_size = layout.block_size
+        blocks = layout.op_arguments()
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
     rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device) if dropout_p > 0.0 else None
@@ -102,8 +103,7 @@ def attention(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        *lists,
-        block_size,
+        *blocks,
         rng_state,
         dropout_p,
         scale,
@@ -130,9 +130,9 @@ class _Attention(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = attention_fwd(q, k, v, *options)
         ctx.mark_non_differentiable(lse)
-        kv_range, cu_seqlens_q, cu_seqlens_k, _, _, *lists, _, rng_state = options[:11]
+        kv_range, cu_seqlens_q, cu_seqlens_k, _, _, *lists, _, rng_state = options[:13]
         ctx.save_for_backward(out, lse, q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, *lists, rng_state)
-        ctx.max_seqlens, ctx.block_size, ctx.settings = options[3:5], options[9], options[11:]
+        ctx.max_seqlens, ctx.block_size, ctx.settings = options[3:5], options[11], options[13:]
         return out, lse
 
     @staticmethod

@@ -163,7 +163,7 @@ def _blocks_of_lists(row_start, row_index, col_start):
 
 def reference_forward(
     q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index, col_start,
-    col_index, block_size, rng_state, dropout_p, scale, causal, deterministic,
+    col_index, row_items, col_items, block_size, rng_state, dropout_p, scale, causal, deterministic,
 ):  # fmt: skip
     """`attention_fwd`: (out in q's dtype, lse), computed in float32, or in float64 if q is."""
     blocks = _blocks_of_lists(row_start, row_index, col_start)
@@ -177,7 +177,7 @@ def reference_forward(
 
 def reference_backward(
     dout, out, lse, q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index,
-    col_start, col_index, block_size, rng_state, dropout_p, scale, causal, deterministic,
+    col_start, col_index, row_items, col_items, block_size, rng_state, dropout_p, scale, causal, deterministic,
 ):  # fmt: skip
     """`attention_bwd`: (dq, dk, dv) in the dtypes of q, k, v.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flash_models._schedule import make_schedule
 from flash_models.layouts import from_block_mask
 from flash_models.reference import attention_reference
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-KERNELS = ("cuda", "fwd_decode", "fwd_sm80", "fwd_sm90", "bwd_rows", "bwd_sm80", "bwd_sm90", "bwd_dq_sm80")
+KERNELS = ("cuda", "fwd_decode", "fwd_sm80", "fwd_sm90", "bwd_rows", "bwd_sm80", "bwd_sm90", "combine_sm90", "bwd_dq_sm80")
 
 
 @pytest.fixture(scope="module", params=["sm80", "sm90"])
@@ -68,6 +69,11 @@ CASES = {
     "block-64": {"block_size": 64},
     "block-128-heads": {"block_size": 128, "heads": 2, "seqlens": (203, 257)},
     "block-64-heads-causal": {"block_size": 64, "heads": 2, "causal": True},
+    "block-64-cut": {"block_size": 64, "longest": 1, "seqlens": (203, 450)},
+    "block-128-cut": {"block_size": 128, "longest": 1, "seqlens": (203, 657), "heads": 2},
+    "block-64-cut-all": {"block_size": 64, "longest": 1, "dropout_p": 0.2, "kv_range": [[0, 70], [40, 190]], "causal": True,
+        "seqlens": (203, 200)},
+    "varlen-block-128-cut": {"cu_seqlens": ([0, 65, 65, 300], [0, 150, 150, 470]), "block_size": 128, "longest": 1},
     "decode": {"seqlens": (1, 2100), "heads": 2},  # the keys are split
     "decode-causal-kv-range": {"seqlens": (3, 1100), "causal": True, "kv_range": [[300, 1100], [0, 500]]},
     "decode-no-key": {"seqlens": (2, 70), "kv_range": [[9, 9], [69, 70]]},
@@ -92,6 +98,7 @@ def test_kernels_match_reference(emulated, case, head_dim, dtype):
     if head_dim != 64 and case in WALKS:
         pytest.skip("the walk over tiles does not depend on the head dimension")
     seqlen_q, seqlen_k = options.pop("seqlens", (97, 101))
+    longest = options.pop("longest", 100)  # blocks of a work item
     deterministic, block_size = options.pop("deterministic", False), options.pop("block_size", 0)
     heads, dropout_p, causal = options.pop("heads", 1), options.pop("dropout_p", 0.0), options.pop("causal", False)
     cu = [torch.tensor(c, dtype=torch.int32) for c in options.pop("cu_seqlens", ())]
@@ -104,14 +111,18 @@ def test_kernels_match_reference(emulated, case, head_dim, dtype):
     else:
         shapes = [(batch, n, heads, head_dim) for n in (seqlen_q, seqlen_k, seqlen_k, seqlen_q)]
     q, k, v, dout = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
-    layout, lists = None, (None,) * 4
+    layout, blocks = None, (None,) * 6 + (0,)
     if block_size:
-        blocks = torch.rand(heads, -(-seqlen_q // block_size), -(-seqlen_k // block_size), generator=generator) < 0.6
-        layout = from_block_mask(blocks, seqlen_q, seqlen_k, block_size)
-        lists = (layout.row_start, layout.row_index, layout.col_start, layout.col_index)
+        mask = torch.rand(heads, -(-seqlen_q // block_size), -(-seqlen_k // block_size), generator=generator) < 0.6
+        layout = from_block_mask(mask, seqlen_q, seqlen_k, block_size)
+        items = [
+            make_schedule(start, longest, max_length=100, max_listed=mask.numel())
+            for start in (layout.row_start, layout.col_start)
+        ]
+        blocks = (layout.row_start, layout.row_index, layout.col_start, layout.col_index, *items, block_size)
     rng_state = torch.tensor([2**60 + 7, 3]) if dropout_p else None
     scale = head_dim**-0.5
-    arguments = (kv_range, *(cu or (None, None)), seqlen_q, seqlen_k, *lists, block_size, rng_state, dropout_p, scale)
+    arguments = (kv_range, *(cu or (None, None)), seqlen_q, seqlen_k, *blocks, rng_state, dropout_p, scale)
     arguments += (causal, deterministic)
 
     out, lse = emulated.attention_fwd(q, k, v, *arguments)

@@ -101,14 +101,11 @@ def test_dropout_keeps_the_mean(device):
 
 
 def op_arguments(q, k, v, *, kv_range=None, cu_seqlens=None, layout=None, rng_state=None, dropout_p=0.0, causal=False):
-    lists = (None,) * 4
-    if layout is not None:
-        lists = (layout.row_start, layout.row_index, layout.col_start, layout.col_index)
+    blocks = (None,) * 6 + (0,) if layout is None else layout.op_arguments()
     length = q.shape[0 if cu_seqlens is not None else 1]
-    block_size = layout.block_size if layout is not None else 0
     scale = q.shape[-1] ** -0.5
     return (
-        q, k, v, kv_range, cu_seqlens, cu_seqlens, length, length, *lists, block_size, rng_state, dropout_p, scale,
+        q, k, v, kv_range, cu_seqlens, cu_seqlens, length, length, *blocks, rng_state, dropout_p, scale,
         causal, False,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flash_models import layouts
+from flash_models._schedule import make_schedule
 from flash_models.reference import attention_reference
 
 
@@ -31,14 +32,21 @@ def some_layouts(device):
 NAMES = list(some_layouts("cpu"))
 
 
-def items_of(schedule):
+def schedule_of(layout, max_blocks, transposed=False):
+    """The items, cut wherever a line is longer than max_blocks, and how many lines there are."""
+    start, other = (layout.col_start, layout.row_start) if transposed else (layout.row_start, layout.col_start)
+    sizes = {"max_length": other.shape[1] - 1, "max_listed": layout.max_listed}
+    items = make_schedule(start, max_blocks, **sizes, max_partial=10**6)
+    return items, start.shape[0] * (start.shape[1] - 1)
+
+
+def used(items):
     """(line, first, last, slot) of every item that is not spare."""
-    columns = (schedule.line, schedule.first, schedule.last, schedule.slot)
-    assert all(column.dtype == torch.int32 and column.shape == (schedule.max_items,) for column in columns)
-    rows = list(zip(*(column.tolist() for column in columns), strict=True))
-    items = [row for row in rows if row[0] >= 0]
-    assert rows[len(items) :] == [(-1, 0, 0, -1)] * (len(rows) - len(items))  # the spare ones
-    return items
+    assert items.dtype == torch.int32 and items.shape[1] == 4
+    rows = items.tolist()
+    real = [row for row in rows if row[0] >= 0]
+    assert rows[len(real) :] == [[-1, 0, 0, -1]] * (len(rows) - len(real))  # the spare ones
+    return real
 
 
 @pytest.mark.parametrize("max_blocks", [1, 2, 3, 8, 1000])
@@ -46,28 +54,40 @@ def items_of(schedule):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_line_is_cut_into_its_pieces(device, name, transposed, max_blocks):
     layout = some_layouts(device)[name]
-    schedule = layout.schedule(max_blocks, transposed=transposed)
+    items, count = schedule_of(layout, max_blocks, transposed)
     start = (layout.col_start if transposed else layout.row_start).tolist()
     lines = [(head[i], head[i + 1]) for head in start for i in range(len(head) - 1)]
-    assert (schedule.max_blocks, schedule.lines_per_head) == (max_blocks, len(start[0]) - 1)
-    slot_start = schedule.slot_start.tolist()
-    assert len(slot_start) == len(lines) + 1 and slot_start[0] == 0 and slot_start[-1] <= schedule.max_slots
+    assert len(lines) == count
 
-    pieces, next_slot = {}, 0
-    for line, first, last, slot in items_of(schedule):
+    pieces, slots = {}, {}
+    for line, first, last, slot in used(items):
         pieces.setdefault(line, []).append((first, last))
-        if slot >= 0:
-            assert slot == next_slot and slot_start[line] <= slot < slot_start[line + 1]
-            next_slot += 1
-        else:
-            assert slot_start[line] == slot_start[line + 1] and len(pieces[line]) == 1
-    assert list(pieces) == list(range(len(lines))) and next_slot == slot_start[-1]
+        slots.setdefault(line, []).append(slot)
+    assert list(pieces) == list(range(count))
+    partial = [slot for line in slots.values() for slot in line if slot >= 0]
+    assert partial == list(range(len(partial))) and len(partial) <= len(items) - count
     for line, (begin, end) in enumerate(lines):
         bounds = [begin, *(last for _, last in pieces[line])]
         assert pieces[line] == list(zip(bounds, bounds[1:], strict=False)) and bounds[-1] == end  # without gaps
         lengths = [last - first for first, last in pieces[line]]
         assert max(lengths) <= max_blocks and max(lengths) - min(lengths) <= 1
         assert len(lengths) == max(1, -(-(end - begin) // max_blocks))
+        assert (slots[line] == [-1]) == (len(lengths) == 1)
+
+
+def test_what_exceeds_the_partial_results_stays_whole():
+    start = torch.tensor([[0, 7, 8, 17, 20]], dtype=torch.int32)  # 7, 1, 9 and 3 blocks
+    cut = make_schedule(start, 2, max_length=9, max_listed=20, max_partial=5)
+    assert cut.tolist() == [
+        [0, 0, 1, 0],
+        [0, 1, 3, 1],
+        [0, 3, 5, 2],
+        [0, 5, 7, 3],
+        [1, 7, 8, -1],
+        [2, 8, 17, -1],
+        [3, 17, 20, -1],
+        *[[-1, 0, 0, -1]] * 2,
+    ]
 
 
 def partial_forward(layout, q, k, v, head, row, first, last):
@@ -91,28 +111,25 @@ def test_partial_outputs_combine_to_the_exact_one(name, max_blocks):
     heads = 3
     q, k, v = (torch.randn(n, heads, 8, dtype=torch.float64) for n in (layout.seqlen_q, *[layout.seqlen_k] * 2))
     out, lse = torch.full_like(q, torch.nan), torch.full((heads, len(q)), torch.nan, dtype=torch.float64)
-    schedule = layout.schedule(max_blocks)
-    items = items_of(schedule)
-    slot_start = schedule.slot_start.tolist()
+    table, lines = schedule_of(layout, max_blocks)
+    items, lines_per_head = used(table), layout.row_start.shape[1] - 1
     for head in range(heads):
-        partial = [None] * schedule.max_slots
+        partial = {}
         for number in torch.randperm(len(items)).tolist():
             line, first, last, slot = items[number]
-            list_head, row = divmod(line, schedule.lines_per_head)
+            list_head, row = divmod(line, lines_per_head)
             if list_head not in (0, head) or (layout.num_heads > 1 and list_head != head):
                 continue
             rows, piece, piece_lse = partial_forward(layout, q, k, v, head, row, first, last)
             if slot >= 0:
-                partial[slot] = rows, piece, piece_lse
+                partial.setdefault(line, []).append((slot, rows, piece, piece_lse))
             else:
                 out[rows, head], lse[head, rows] = piece, piece_lse
-        for begin, end in zip(slot_start, slot_start[1:], strict=False):
-            parts = [part for part in partial[begin:end] if part is not None]
-            if parts:
-                rows, lses = parts[0][0], torch.stack([piece_lse for _, _, piece_lse in parts])
+        for parts in partial.values():
+                rows, lses = parts[0][1], torch.stack([piece_lse for *_, piece_lse in parts])
                 combined = lses.logsumexp(0)
                 weights = torch.where(lses == -torch.inf, 0, (lses - combined).exp())
-                out[rows, head] = sum(w[:, None] * part for w, (_, part, _) in zip(weights, parts, strict=True))
+                out[rows, head] = sum(w[:, None] * part for w, (*_, part, _) in zip(weights, parts, strict=True))
                 lse[head, rows] = combined
     expected, expected_lse = attention_reference(q[None], k[None], v[None], causal=True, layout=layout)
     torch.testing.assert_close(out, expected[0], rtol=1e-12, atol=1e-12)
@@ -125,10 +142,10 @@ def test_partial_gradients_add_up(name):
     layout = some_layouts("cpu")[name]
     weights = torch.rand(layout.seqlen_q, layout.seqlen_k, dtype=torch.float64)
     dout = torch.randn(layout.seqlen_q, 8, dtype=torch.float64)
-    schedule, size = layout.schedule(2, transposed=True), layout.block_size
+    items, size = schedule_of(layout, 2, transposed=True)[0], layout.block_size
     dv = torch.zeros(layout.num_heads, layout.seqlen_k, 8, dtype=torch.float64)
-    for line, first, last, _ in items_of(schedule):
-        head, column = divmod(line, schedule.lines_per_head)
+    for line, first, last, _ in used(items):
+        head, column = divmod(line, layout.col_start.shape[1] - 1)
         keys = slice(column * size, (column + 1) * size)
         for block in layout.col_index[first:last].tolist():
             queries = slice(block * size, (block + 1) * size)
@@ -137,19 +154,12 @@ def test_partial_gradients_add_up(name):
 
 
 def test_sizes_follow_the_listed_blocks():
-    """64K tokens, one global block: 1,024 rows of 6 blocks and one of 1,024, which alone is cut."""
-    layout = layouts.local_global(2**16, 128, 64, block_size=64)
-    schedule = layout.schedule(32)
-    assert 1024 + 31 <= schedule.max_items <= 1024 + 31 + 200
-    assert schedule.slot_start[-1] == 32 <= schedule.max_slots <= 500
-    assert layout.schedule(1024).max_slots == 0
-
-
-def test_schedules_are_remembered(device):
-    layout = layouts.local(300, 64, block_size=64, device=device)
-    with torch.inference_mode():
-        schedule = layout.schedule(2)
-    assert layout.schedule(2) is schedule and not schedule.line.is_inference()
-    assert layout.schedule(3) is not schedule and layout.schedule(2, transposed=True) is not schedule
-    with pytest.raises(ValueError, match="max_blocks must be a positive number of listed blocks, got 0"):
-        layout.schedule(0)
+    """64K tokens, one global block: 512 rows of 6 blocks and one of 512, which alone is cut; no more scratch memory."""
+    layout = layouts.local_global(2**16, 256, 128)
+    items = used(layout.row_items)
+    pieces = [last - first for line, first, last, slot in items if slot >= 0]
+    assert sum(pieces) == 512 and 8 <= len(pieces) <= 16
+    assert max(last - first for _, first, last, _ in items) == max(pieces) == -(-512 // len(pieces))
+    assert len(layout.row_items) == 512 + 64
+    assert layout.col_items is layout.row_items
+    assert len(layouts.dense(2**14).row_items) == 128  # equal lines: none is long

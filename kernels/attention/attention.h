@@ -27,6 +27,13 @@ struct BlockLists {
   int64_t head_stride = 0;
 };
 
+// The lines of a layout cut into pieces (flash_models/_schedule.py): four numbers an item. Lines of one item have slot
+// -1; the others leave partial results, at most max_slots for one sequence and the heads that share nothing.
+struct WorkItems {
+  const int32_t* items = nullptr;  // (count, 4): line, first and one-past-last position in BlockLists::index, slot
+  int64_t count = 0, max_slots = 0;
+};
+
 struct AttentionProblem {
   View q, k, v, out;
   float* lse = nullptr;  // (B, H, Sq), or (H, Tq) when packed; natural logarithm, -inf where a row has no key
@@ -45,6 +52,7 @@ struct AttentionProblem {
 
   BlockLists rows;     // key blocks of each query block; rows.start == nullptr means dense
   BlockLists columns;  // query blocks of each key block
+  WorkItems row_items, column_items;  // on CUDA, with a layout
   int64_t block_size = 0;
 
   const int64_t* rng_state = nullptr;  // (2): seed, offset; nullptr without dropout
@@ -56,7 +64,8 @@ struct AttentionProblem {
   bool deterministic = false;
   DType dtype = DType::kFloat32;
   void* stream = nullptr;    // cudaStream_t
-  float* partial = nullptr;  // scratch of the forward pass, forward_scratch_*() floats; nullptr when that is 0
+  float* partial = nullptr;  // scratch, forward_scratch_*() floats, or BackwardScratch::partial; nullptr when that is 0
+  int32_t* ticket = nullptr;  // 0 at the start: the next work item. With a layout only
 };
 
 // The backward pass also reads p.out and p.lse.
@@ -81,23 +90,26 @@ void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g);
 
 // What the CUDA backend is made of (cuda.cu).
 bool takes_decode(const AttentionProblem& p);  // whether attention_fwd_decode takes it, and does so faster
+int64_t decode_scratch(const AttentionProblem& p);  // floats
 void attention_fwd_decode(const AttentionProblem& p);
 void attention_fwd_sm80(const AttentionProblem& p);
 void attention_fwd_sm90(const AttentionProblem& p);
+void attention_fwd_combine_sm90(const AttentionProblem& p);  // partial results of the row items to out and lse
 void attention_bwd_rows(const AttentionProblem& p,
                         const AttentionGradients& g);  // delta and shift; all others need them
 void attention_bwd_sm80(const AttentionProblem& p, const AttentionGradients& g);
 void attention_bwd_sm90(const AttentionProblem& p, const AttentionGradients& g);
+void attention_bwd_combine_sm90(const AttentionProblem& p, const AttentionGradients& g);  // the same: dk and dv
 void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g);  // dq in a fixed order
 
 // Floats of scratch that a forward pass needs, for what several CTAs compute of one query: none on the CPU.
 int64_t forward_scratch_cpu(const AttentionProblem& p);
 int64_t forward_scratch_cuda(const AttentionProblem& p);
 
-// Floats of scratch that a backward pass needs: a value a row, twice, and what dq is added up in across CTAs, which is
-// nothing on the CPU and in deterministic mode.
+// Floats of scratch that a backward pass needs: a value a row, twice; what dq is added up in across CTAs, which is
+// nothing on the CPU and in deterministic mode; and partial dk and dv.
 struct BackwardScratch {
-  int64_t rows, dq_sum;
+  int64_t rows, dq_sum, partial;
 };
 BackwardScratch backward_scratch_cpu(const AttentionProblem& p);
 BackwardScratch backward_scratch_cuda(const AttentionProblem& p);

@@ -30,18 +30,29 @@ struct Tiles {
   }
 };
 
-// Tiles of [lo, hi) that the list of the block holding `token` names.
-__device__ __forceinline__ Tiles tiles_of(const BlockLists& lists, int64_t block_size, int head, int token, int tile,
+// A part of a layout's lists: positions [first, last).
+struct Piece {
+  int first = 0, last = 0;
+
+  // The whole list of the block that holds `token`; nothing where there is no layout.
+  static __device__ __forceinline__ Piece of_line(const BlockLists& lists, int64_t block_size, int head, int token) {
+    if (lists.start == nullptr) return {};
+    const int32_t* start = lists.start + head * lists.head_stride + token / static_cast<int>(block_size);
+    return {start[0], start[1]};
+  }
+};
+
+// Tiles of [lo, hi) that the piece names; all where there is no layout.
+__device__ __forceinline__ Tiles tiles_of(const BlockLists& lists, int64_t block_size, const Piece& piece, int tile,
                                           int lo, int hi) {
   Tiles t;
   t.lo = lo;
   t.hi = max(lo, hi);
   t.count = t.hi - t.lo;
   if (lists.start != nullptr) {
-    const int32_t* start = lists.start + head * lists.head_stride + token / static_cast<int>(block_size);
     t.per_block_log2 = 31 - __clz(static_cast<int>(block_size) / tile);
-    t.list = lists.index + start[0];
-    t.count = t.hi > t.lo ? (start[1] - start[0]) << t.per_block_log2 : 0;
+    t.list = lists.index + piece.first;
+    t.count = t.hi > t.lo ? (piece.last - piece.first) << t.per_block_log2 : 0;
   }
   return t;
 }
@@ -51,7 +62,9 @@ __device__ __forceinline__ int tiles_in(int tokens, int tile) { return (tokens +
 // The tile, head and sequence of item `number` of a launch. The tiles of one head run side by side and share what they
 // read in L2.
 struct Place {
-  int tile, head, batch;
+  int tile = -1, head = 0, batch = 0;
+
+  __device__ __forceinline__ Place() {}
 
   // `from_last`: start with the last tiles, where those have the most work.
   __device__ __forceinline__ Place(const AttentionProblem& p, int number, int tiles, bool from_last) {
@@ -75,6 +88,36 @@ struct Place {
   }
 };
 
+// Item `number` of a launch over the pieces of a layout's lines, which are its tiles. The heads and sequences of a piece
+// run side by side, so that the longest pieces of all of them, those of the first lines, come first.
+struct ListedWork {
+  Place place;  // tile -1: a spare item, without work
+  Piece piece;
+  int64_t slot = -1;  // among all partial results; -1: the piece is the whole line
+
+  __device__ __forceinline__ ListedWork() {}
+
+  __device__ __forceinline__ ListedWork(const AttentionProblem& p, const BlockLists& lists, const WorkItems& work,
+                                        int64_t lines, int number) {
+    const int all = copies(p, lists), copy = number % all, per_head = static_cast<int>(lines);
+    const int4 item = reinterpret_cast<const int4*>(work.items)[number / all];
+    if (item.x < 0) return;
+    place.tile = item.x % per_head;
+    place.head = lists.head_stride == 0 ? copy / static_cast<int>(p.batch) : item.x / per_head;
+    place.batch = copy % static_cast<int>(p.batch);
+    piece = {item.y, item.z};
+    if (item.w >= 0) slot = copy * work.max_slots + item.w;
+  }
+
+  // Heads and sequences that share the items, with slots of their own.
+  static __host__ __device__ __forceinline__ int copies(const AttentionProblem& p, const BlockLists& lists) {
+    return static_cast<int>(p.batch * (lists.head_stride == 0 ? p.heads : 1));
+  }
+  static int64_t count(const AttentionProblem& p, const BlockLists& lists, int64_t items) {
+    return items * copies(p, lists);
+  }
+};
+
 // The (query, key) pairs of one sequence that attend: lo <= key < hi and key <= query + diagonal.
 struct Visible {
   int lo, hi, diagonal;
@@ -95,17 +138,17 @@ struct Visible {
 };
 
 // Key tiles that queries [q0, q0 + rows) may see.
-__device__ __forceinline__ Tiles key_tiles(const AttentionProblem& p, const Visible& visible, int head, int q0,
-                                           int rows, int tile) {
+__device__ __forceinline__ Tiles key_tiles(const AttentionProblem& p, const Visible& visible, const Piece& piece,
+                                           int q0, int rows, int tile) {
   const int last = max(0, min(visible.hi, q0 + rows + visible.diagonal));
-  return tiles_of(p.rows, p.block_size, head, q0, tile, visible.lo / tile, tiles_in(last, tile));
+  return tiles_of(p.rows, p.block_size, piece, tile, visible.lo / tile, tiles_in(last, tile));
 }
 
 // Query tiles that may see keys [k0, k0 + columns).
 __device__ __forceinline__ Tiles query_tiles(const AttentionProblem& p, const Sequence& s, const Visible& visible,
-                                             int head, int k0, int columns, int tile) {
+                                             const Piece& piece, int k0, int columns, int tile) {
   const bool any = k0 < visible.hi && k0 + columns > visible.lo;
-  return tiles_of(p.columns, p.block_size, head, k0, tile, max(0, k0 - visible.diagonal) / tile,
+  return tiles_of(p.columns, p.block_size, piece, tile, max(0, k0 - visible.diagonal) / tile,
                   any ? tiles_in(static_cast<int>(s.q_len), tile) : 0);
 }
 

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (q0 >= q_len) return;
 
   const Visible visible(p, s);
-  const Tiles walk = key_tiles(p, visible, head, q0, kTileQ, kTileK);
+  const Tiles walk = key_tiles(p, visible, Piece::of_line(p.rows, p.block_size, head, q0), q0, kTileQ, kTileK);
   const T* k = static_cast<const T*>(p.k.data) + key_offset(p.k, s, batch, head);
   const T* v = static_cast<const T*>(p.v.data) + key_offset(p.v, s, batch, head);
   auto load_keys = [&](int position, int stage) {

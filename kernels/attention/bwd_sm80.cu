@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
   if (k0 >= k_len) return;
 
   const Visible visible(p, s);
-  const Tiles walk = query_tiles(p, s, visible, head, k0, kTile, kTile);
+  const Tiles walk = query_tiles(p, s, visible, Piece::of_line(p.columns, p.block_size, head, k0), k0, kTile, kTile);
   const T* q = static_cast<const T*>(p.q.data) + query_offset(p.q, s, batch, head);
   const T* dout = static_cast<const T*>(g.dout.data) + query_offset(g.dout, s, batch, head);
   const int64_t row_offset = padded_row(p, s, batch, head);

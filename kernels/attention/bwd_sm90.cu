@@ -23,6 +23,7 @@
 #include "dropout.cuh"
 #include "hopper/tile.cuh"
 #include "maps.h"
+#include "partial.cuh"
 #include "ring.cuh"
 #include "row_tiles.cuh"
 #include "softmax.cuh"
@@ -90,6 +91,7 @@ struct BackwardShared {
 // mask, and as the global tokens of many layouts.
 template <typename Config>
 struct KeyTile {
+  const ListedWork work;
   const Place place;
   const Sequence s;
   const int k0;
@@ -97,13 +99,15 @@ struct KeyTile {
   const Tiles walk;
 
   __device__ __forceinline__ KeyTile(const AttentionProblem& p, int key_tiles)
-      : place(p, blockIdx.x, key_tiles, false),
+      : work(p.columns.start == nullptr ? ListedWork()
+                                        : ListedWork(p, p.columns, p.column_items, key_tiles, blockIdx.x)),
+        place(p.columns.start == nullptr ? Place(p, blockIdx.x, key_tiles, false) : work.place),
         s(sequence_of(p, place.batch)),
         k0(place.tile * Config::kTileK),
         visible(p, s),
-        walk(query_tiles(p, s, visible, place.head, k0, Config::kTileK, Config::kTileQ)) {}
+        walk(query_tiles(p, s, visible, work.piece, k0, Config::kTileK, Config::kTileQ)) {}
 
-  __device__ __forceinline__ bool exists() const { return k0 < s.k_len; }
+  __device__ __forceinline__ bool exists() const { return k0 >= 0 && k0 < s.k_len; }
 };
 
 template <typename T, typename Config>
@@ -284,6 +288,14 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     add_dq(last_q0);
   }
 
+  if (tile.work.slot >= 0) {
+    const float one[2] = {1.0f, 1.0f};
+    float* partial = partial_of_warp(p, tile.work.slot, row0, partial_dkv_floats(kDim));
+    store_partial(dk, one, partial, lane.id);
+    store_partial(dv, one, partial + 16 * kDim, lane.id);
+    ptx::bulk_wait_read_warp();
+    return;
+  }
   const float dv_factor[1][2] = {{kDropout ? p.keep_scale : 1.0f, kDropout ? p.keep_scale : 1.0f}};
   const float dk_factor[1][2] = {{p.scale, p.scale}};
   const int rows = static_cast<int>(tile.s.k_len) - k0, dims = static_cast<int>(p.head_dim);
@@ -342,8 +354,11 @@ void launch_backward(const AttentionProblem& p, const AttentionGradients& g) {
   const BackwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
                           key_map<typename Shared::Key>(p, p.v), query_map<typename Shared::Query>(p, g.dout)};
   const int key_tiles = static_cast<int>(ceil_div(p.seqlen_k, Config::kTileK));
-  launch("attention_bwd_sm90", attention_bwd_sm90<T, Config, kDropout>, key_tiles * p.heads * p.batch, Config::kThreads,
-         Shared::kBytes, p.stream, p, g, maps, key_tiles);
+  const int64_t ctas = p.columns.start != nullptr ? ListedWork::count(p, p.columns, p.column_items.count)
+                                                  : key_tiles * p.heads * p.batch;
+  launch("attention_bwd_sm90", attention_bwd_sm90<T, Config, kDropout>, ctas, Config::kThreads, Shared::kBytes,
+         p.stream, p, g, maps, key_tiles);
+  attention_bwd_combine_sm90(p, g);
   if (g.dq_sum == nullptr) return;
   const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kRowTile));
   launch("attention_bwd_store_dq_sm90", attention_bwd_store_dq_sm90<T, Config::kDim, Config::kDqDim>,

@@ -2,6 +2,7 @@
 //
 // Which kernels a CUDA call takes: those for Hopper on compute capability 9.0, the portable ones elsewhere.
 #include "dispatch.cuh"
+#include "partial.cuh"
 #include "row_tiles.cuh"
 
 namespace flash_models {
@@ -21,8 +22,16 @@ bool hopper_backward_fits(const AttentionProblem& p) {
 }  // namespace
 
 BackwardScratch backward_scratch_cuda(const AttentionProblem& p) {
-  const int64_t rows = padded_rows(p);
-  return {rows, p.deterministic ? 0 : rows * padded_dim(p.head_dim)};
+  const int64_t rows = padded_rows(p), dim = padded_dim(p.head_dim);
+  const int64_t partial = on_hopper(p) && hopper_backward_fits(p)
+                              ? partial_floats(p, p.columns, p.column_items, partial_dkv_floats(dim))
+                              : 0;
+  return {rows, p.deterministic ? 0 : rows * dim, partial};
+}
+
+int64_t forward_scratch_cuda(const AttentionProblem& p) {
+  if (takes_decode(p)) return decode_scratch(p);
+  return on_hopper(p) ? partial_floats(p, p.rows, p.row_items, partial_out_floats(padded_dim(p.head_dim))) : 0;
 }
 
 void attention_fwd_cuda(const AttentionProblem& p) {

@@ -15,7 +15,8 @@
 namespace flash_models {
 namespace {
 
-constexpr int kThreads = 128, kUnroll = 4, kMaxQueries = 4, kMinKeys = 256;  // of a CTA
+constexpr int kThreads = 128, kCtasPerSm = 4, kUnroll = 8, kMaxQueries = 4, kMinKeys = 256;  // of a CTA
+constexpr int kCombiningWarps = 16;
 
 // A query's softmax over some keys, 8 dimensions of it.
 struct Partial {
@@ -76,7 +77,7 @@ struct Item {
 };
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kCtasPerSm)
     attention_fwd_decode(const __grid_constant__ AttentionProblem p, int splits) {
   constexpr int kLanes = lanes_of_row(kDim), kGroups = kThreads / kLanes;
   const int number = blockIdx.x / splits, split = blockIdx.x % splits, warp = threadIdx.x / 32;
@@ -153,29 +154,50 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One CTA an item, one thread a dimension.
+// One CTA an item. A warp adds up some of the splits, several reads under way, then the warps' sums are added.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kDim)
+__global__ void __launch_bounds__(32 * kCombiningWarps)
     attention_fwd_decode_combine(const __grid_constant__ AttentionProblem p, int splits) {
+  constexpr int kRow = kDim + 2, kPerLane = kDim / 32;
   const Item item(p, blockIdx.x);
-  const float* partial = p.partial + int64_t{blockIdx.x} * splits * (kDim + 2);
-  float top = -INFINITY, sum = 0.0f, out = 0.0f;
-  for (int split = 0; split < splits; ++split) top = fmaxf(top, partial[split * (kDim + 2) + kDim + 1]);
-  for (int split = 0; split < splits; ++split) {
-    const float* part = partial + split * (kDim + 2);
-    const float factor = part[kDim + 1] == -INFINITY ? 0.0f : ptx::exp2_approx(part[kDim + 1] - top);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float* partial = p.partial + int64_t{blockIdx.x} * splits * kRow;
+  float top = -INFINITY, sum = 0.0f, out[kPerLane] = {};
+  for (int split = lane; split < splits; split += 32) top = fmaxf(top, partial[split * kRow + kDim + 1]);
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
+  const float shift = top == -INFINITY ? 0.0f : top;
+#pragma unroll 4
+  for (int split = warp; split < splits; split += kCombiningWarps) {
+    const float* part = partial + split * kRow;
+    const float factor = ptx::exp2_approx(part[kDim + 1] - shift);
     sum = fmaf(factor, part[kDim], sum);
-    out = fmaf(factor, part[threadIdx.x], out);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) out[i] = fmaf(factor, part[lane + 32 * i], out[i]);
   }
-  if (threadIdx.x < p.head_dim) item.row<T>(p.out)[threadIdx.x] = static_cast<T>(sum == 0.0f ? 0.0f : out / sum);
-  if (threadIdx.x == 0) item.store_lse(p, sum, top);
+
+  float* warps = static_cast<float*>(__cvta_shared_to_generic(ptx::dynamic_shared()));
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) warps[warp * kRow + lane + 32 * i] = out[i];
+  if (lane == 0) warps[warp * kRow + kDim] = sum;
+  __syncthreads();
+  const int dim = threadIdx.x;
+  if (dim >= kDim) return;
+  float total = 0.0f, all = 0.0f;
+#pragma unroll
+  for (int other = 0; other < kCombiningWarps; ++other) {
+    total += warps[other * kRow + dim];
+    all += warps[other * kRow + kDim];
+  }
+  if (dim < p.head_dim) item.row<T>(p.out)[dim] = static_cast<T>(all == 0.0f ? 0.0f : total / all);
+  if (dim == 0) item.store_lse(p, all, top);
 }
 
 int64_t items_of(const AttentionProblem& p) { return p.batch * p.heads * p.seqlen_q; }
 
 // Enough CTAs to keep every multiprocessor reading, with enough keys each to be worth starting.
 int64_t splits_of(const AttentionProblem& p) {
-  return std::min(ceil_div(8 * multiprocessors(), items_of(p)), std::max<int64_t>(1, p.seqlen_k / kMinKeys));
+  return std::min(ceil_div(kCtasPerSm * multiprocessors(), items_of(p)), std::max<int64_t>(1, p.seqlen_k / kMinKeys));
 }
 
 }  // namespace
@@ -184,8 +206,8 @@ bool takes_decode(const AttentionProblem& p) {
   return p.seqlen_q <= kMaxQueries && p.cu_seqlens_q == nullptr && p.rows.start == nullptr && p.rng_state == nullptr;
 }
 
-int64_t forward_scratch_cuda(const AttentionProblem& p) {
-  if (!takes_decode(p) || items_of(p) == 0 || splits_of(p) == 1) return 0;
+int64_t decode_scratch(const AttentionProblem& p) {
+  if (items_of(p) == 0 || splits_of(p) == 1) return 0;
   return items_of(p) * splits_of(p) * (padded_dim(p.head_dim) + 2);
 }
 
@@ -196,8 +218,8 @@ void attention_fwd_decode(const AttentionProblem& p) {
       launch("attention_fwd_decode", attention_fwd_decode<T, kDim>, items_of(p) * splits, kThreads,
              kThreads * static_cast<int>(sizeof(Partial)), p.stream, p, splits);
       if (splits > 1)
-        launch("attention_fwd_decode_combine", attention_fwd_decode_combine<T, kDim>, items_of(p), kDim, 0, p.stream, p,
-               splits);
+        launch("attention_fwd_decode_combine", attention_fwd_decode_combine<T, kDim>, items_of(p),
+               32 * kCombiningWarps, 4 * kCombiningWarps * (kDim + 2), p.stream, p, splits);
     }
   });
 }

@@ -14,12 +14,15 @@
 //   shared memory   Q [2][kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | barriers
 //   registers       scores 64 x kTileK, output 64 x kDim, fp32, and probabilities 64 x kTileK, 16 bits, per warpgroup
 //   barriers        full: the copy engine has written a tile. empty: every consumer warp has read it.
+//
+// The producer alone walks: it tells the consumers with Q which work item this is, and with every K where it begins.
 #include <algorithm>
 
 #include "dispatch.cuh"
 #include "dropout.cuh"
 #include "hopper/tile.cuh"
 #include "maps.h"
+#include "partial.cuh"
 #include "ring.cuh"
 #include "softmax.cuh"
 
@@ -46,7 +49,8 @@ struct ForwardShared {
   static constexpr int kStages = Config::kStages;
   using Query = PanelTile<T, Config::kTileQ, Config::kDim>;
   using Key = PanelTile<T, Config::kTileK, Config::kDim>;
-  static constexpr int kTiles = 2 * Query::kBytes + 2 * kStages * Key::kBytes, kBytes = kTiles + 8 * (5 + 4 * kStages);
+  static constexpr int kTiles = 2 * Query::kBytes + 2 * kStages * Key::kBytes, kWords = kTiles + 8 * (5 + 4 * kStages);
+  static constexpr int kBytes = kWords + 4 * (2 + kStages);
   uint32_t base;
 
   __device__ __forceinline__ Query q(int stage) const { return {base + stage * Query::kBytes}; }
@@ -60,6 +64,13 @@ struct ForwardShared {
   __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kStages + stage); }
   __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kStages + stage); }
   __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kStages + stage); }
+
+  // The number of the work item, -1 after the last.
+  __device__ __forceinline__ int* item(int stage) const {
+    return static_cast<int*>(__cvta_shared_to_generic(base + kWords)) + stage;
+  }
+  // The first key of a tile, plus 1 if it is the last one that these queries visit.
+  __device__ __forceinline__ int* first_key(int stage) const { return item(2 + stage); }
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
@@ -78,38 +89,60 @@ struct ForwardShared {
   }
 };
 
-// The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends; the work
-// of one CTA must then be known to be that of every other, which under a causal mask pairs of tiles see to. Otherwise
-// every tile, or those with most work first, goes through the hardware's queue.
+// The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where the
+// work of one CTA is known to be that of every other, which under a causal mask pairs of tiles see to, each takes its
+// share; the pieces of a layout go to whoever asks next; all others go through the hardware's queue, a CTA each.
 struct Schedule {
   int query_tiles, count;
   bool pairs;
+  int32_t* ticket;
 
-  __device__ __forceinline__ int first() const { return blockIdx.x << pairs; }
+  __device__ __forceinline__ int first() const {
+    return ticket != nullptr ? take_ticket() : blockIdx.x << pairs;
+  }
   __device__ __forceinline__ int next(int number) const {
+    if (ticket != nullptr) return take_ticket();
     return pairs && number % 2 == 0 ? number + 1 : number + 1 + ((gridDim.x - 1) << pairs);
+  }
+
+ private:
+  __device__ __forceinline__ int take_ticket() const {  // by a warp
+    int number = 0;
+    if (threadIdx.x % 32 == 0) number = atomicAdd(ticket, 1);
+    return __shfl_sync(~0u, number, 0);
   }
 };
 
-// One query tile, as producer and consumers both derive it.
+// One query tile, as producer and consumers both derive it. Most work first: the last queries under a causal mask,
+// otherwise the first, the global tokens of many layouts.
 template <typename Config>
 struct QueryTile {
+  const ListedWork work;
   const Place place;
   const Sequence s;
   const int q0;
   const Visible visible;
-  const Tiles walk;
 
-  // Most work first: the last queries under a causal mask, otherwise the first, the global tokens of many layouts.
   __device__ __forceinline__ QueryTile(const AttentionProblem& p, const Schedule& schedule, int number)
-      : place(schedule.pairs ? Place::of_pair(p, number, schedule.query_tiles)
-                             : Place(p, number, schedule.query_tiles, p.causal)),
+      : work(listed(p, schedule, number)),
+        place(p.rows.start != nullptr ? work.place
+              : schedule.pairs        ? Place::of_pair(p, number, schedule.query_tiles)
+                                      : Place(p, number, schedule.query_tiles, p.causal)),
         s(sequence_of(p, place.batch)),
         q0(place.tile * Config::kTileQ),
-        visible(p, s),
-        walk(key_tiles(p, visible, place.head, q0, Config::kTileQ, Config::kTileK)) {}
+        visible(p, s) {}
 
-  __device__ __forceinline__ bool exists() const { return q0 < s.q_len; }
+  __device__ __forceinline__ bool exists() const { return q0 >= 0 && q0 < s.q_len; }
+
+  __device__ __forceinline__ Tiles walk(const AttentionProblem& p) const {
+    return key_tiles(p, visible, work.piece, q0, Config::kTileQ, Config::kTileK);
+  }
+
+ private:
+  static __device__ __forceinline__ ListedWork listed(const AttentionProblem& p, const Schedule& schedule, int number) {
+    if (p.rows.start == nullptr) return {};
+    return {p, p.rows, p.row_items, schedule.query_tiles, p.causal ? schedule.count - 1 - number : number};
+  }
 };
 
 // The consumers' turns: warpgroup `i` issues products after `i - 1` has.
@@ -130,26 +163,37 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
   Producer producer{shared.raw()};
   Ring<2> queries;
   Ring<Config::kStages> ring;
+  auto tell = [&](int* word, int value) {
+    if (producer.leader) *word = value;
+  };
   for (int number = schedule.first(); number < schedule.count; number = schedule.next(number)) {
     const QueryTile<Config> tile(p, schedule, number);
-    int position = tile.walk.next(0);
-    if (!tile.exists() || position >= tile.walk.count) continue;
+    if (!tile.exists()) continue;
+    const Tiles walk = tile.walk(p);
     const int batch = p.cu_seqlens_q != nullptr ? 0 : tile.place.batch;  // packed tensors have one
     const int key_begin = static_cast<int>(tile.s.k_begin);
+    int position = walk.next(0);
 
     ptx::mbarrier_wait(shared.q_empty(queries.stage), queries.parity ^ 1);
+    tell(shared.item(queries.stage), 2 * number + (position < walk.count));
     producer.load(shared.q(queries.stage), maps.q, shared.q_full(queries.stage),
                   static_cast<int>(tile.s.q_begin) + tile.q0, tile.place.head, batch);
     queries.advance();
-    for (; position < tile.walk.count; position = tile.walk.next(position + 1), ring.advance()) {
-      const int k0 = tile.walk.tile(position) * Config::kTileK;
+    while (position < walk.count) {
+      const int k0 = walk.tile(position) * Config::kTileK;
+      position = walk.next(position + 1);
       ptx::mbarrier_wait(shared.k_empty(ring.stage), ring.parity ^ 1);
+      tell(shared.first_key(ring.stage), k0 + (position >= walk.count));
       producer.load(shared.k(ring.stage), maps.k, shared.k_full(ring.stage), key_begin + k0, tile.place.head, batch);
       ptx::mbarrier_wait(shared.v_empty(ring.stage), ring.parity ^ 1);
       producer.load(shared.v(ring.stage), maps.v, shared.v_full(ring.stage), key_begin + k0, tile.place.head, batch,
                     tile.visible.lo - k0, tile.visible.hi - k0);
+      ring.advance();
     }
   }
+  ptx::mbarrier_wait(shared.q_empty(queries.stage), queries.parity ^ 1);
+  tell(shared.item(queries.stage), -1);
+  if (producer.leader) ptx::mbarrier_arrive(shared.q_full(queries.stage));
 }
 
 template <typename T, typename Config, bool kDropout>
@@ -163,9 +207,11 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
   Ring<Config::kStages> keys, values;
   if (warpgroup == Config::kWarpgroups - 1) Turns<Config::kWarpgroups>::pass(warpgroup);
 
-  for (int number = schedule.first(); number < schedule.count; number = schedule.next(number)) {
-    const QueryTile<Config> tile(p, schedule, number);
-    if (!tile.exists()) continue;
+  while (true) {
+    ptx::mbarrier_wait(shared.q_full(queries.stage), queries.parity);
+    const int item = *shared.item(queries.stage);
+    if (item < 0) break;
+    const QueryTile<Config> tile(p, schedule, item / 2);
     const int q0 = tile.q0 + row0, head = tile.place.head;
     float scores[1][kTileK / 8][4], out[1][kDim / 8][4], factor[1][2];
     uint32_t probabilities[kTileK / 16][4];
@@ -193,24 +239,21 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
       }
     };
 
-    int position = tile.walk.next(0);
-    if (position < tile.walk.count) {
-      ptx::mbarrier_wait(shared.q_full(queries.stage), queries.parity);
+    if (item % 2) {  // there are keys
       ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
       ptx::wgmma_fence();
       multiply_rows<T>(scores, shared.q(queries.stage), 64 * warpgroup, shared.k(keys.stage));
       ptx::wgmma_commit();
-      int k0 = tile.walk.tile(position) * kTileK;
-      draw(k0);
+      int k0 = *shared.first_key(keys.stage);
+      draw(k0 & ~1);
       ptx::wgmma_wait<0>();
       ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
       keys.advance();
-      mask(k0);
+      mask(k0 & ~1);
       move();
       exponentiate();
 
-      while ((position = tile.walk.next(position + 1)) < tile.walk.count) {
-        k0 = tile.walk.tile(position) * kTileK;
+      while (k0 % 2 == 0) {  // not the last
         ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
         ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
         Turns<Config::kWarpgroups>::take(warpgroup);
@@ -220,18 +263,18 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
         multiply_columns<T>(out, probabilities, shared.v(values.stage), true);
         ptx::wgmma_commit();
         Turns<Config::kWarpgroups>::pass(warpgroup);
-        draw(k0);
+        k0 = *shared.first_key(keys.stage);
+        draw(k0 & ~1);
         ptx::wgmma_wait<1>();
         ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
         keys.advance();
-        mask(k0);
+        mask(k0 & ~1);
         ptx::wgmma_wait<0>();
         ptx::mbarrier_arrive_warp(shared.v_empty(values.stage));
         values.advance();
         exponentiate();
       }
       ptx::mbarrier_arrive_warp(shared.q_empty(queries.stage));
-      queries.advance();
 
       ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
       ptx::wgmma_fence();
@@ -240,9 +283,21 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
       ptx::wgmma_wait<0>();
       ptx::mbarrier_arrive_warp(shared.v_empty(values.stage));
       values.advance();
+    } else {
+      ptx::mbarrier_arrive_warp(shared.q_empty(queries.stage));
     }
+    queries.advance();
 
     softmax.finish(factor, kDropout ? p.keep_scale : 1.0f);
+    if (tile.work.slot >= 0) {
+      float* partial = partial_of_warp(p, tile.work.slot, row0, partial_out_floats(kDim));
+      store_partial(out, factor[0], partial, lane.id);
+      if (lane.id % 4 == 0)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          partial[16 * kDim + lane.row + 8 * half] = softmax.lse(0, half, p.scale);
+      continue;
+    }
     const int rows = static_cast<int>(tile.s.q_len) - q0;
     if (lane.id % 4 == 0) {
       float* lse = p.lse + lse_offset(p, tile.s, tile.place.batch, head) + q0;
@@ -275,15 +330,17 @@ void launch_forward(const AttentionProblem& p) {
   using Shared = ForwardShared<T, Config>;
   const ForwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
                          key_map<typename Shared::Key>(p, p.v)};
-  const bool stay = p.rows.start == nullptr && p.cu_seqlens_q == nullptr && p.kv_range == nullptr;
-  const bool pairs = stay && p.causal;
+  const bool listed = p.rows.start != nullptr, equal = !listed && p.cu_seqlens_q == nullptr && p.kv_range == nullptr;
+  const bool pairs = equal && p.causal;
   const int64_t query_tiles = ceil_div(p.seqlen_q, Config::kTileQ);
-  const int64_t units = (pairs ? ceil_div(query_tiles, 2) : query_tiles) * p.heads * p.batch, count = units << pairs;
-  if (count > 0x7FFFFFFF)
-    throw std::runtime_error("flash_models: attention_fwd_sm90 takes fewer than 2^31 query tiles; split the batch");
-  const int64_t ctas = stay ? std::min<int64_t>(units, Config::kCtasPerSm * multiprocessors()) : units;
+  const int64_t units = listed ? ListedWork::count(p, p.rows, p.row_items.count)
+                               : (pairs ? ceil_div(query_tiles, 2) : query_tiles) * p.heads * p.batch;
+  if (units << pairs > 0x3FFFFFFF)
+    throw std::runtime_error("flash_models: attention_fwd_sm90 takes fewer than 2^30 query tiles; split the batch");
+  const int64_t ctas = listed || equal ? std::min<int64_t>(units, Config::kCtasPerSm * multiprocessors()) : units;
   launch("attention_fwd_sm90", attention_fwd_sm90<T, Config, kDropout>, ctas, Config::kThreads, Shared::kBytes,
-         p.stream, p, maps, Schedule{static_cast<int>(query_tiles), static_cast<int>(count), pairs});
+         p.stream, p, maps,
+         Schedule{static_cast<int>(query_tiles), static_cast<int>(units << pairs), pairs, p.ticket});
 }
 
 }  // namespace
@@ -304,6 +361,7 @@ void attention_fwd_sm90(const AttentionProblem& p) {
       launch_forward<T, ForwardConfig<kDim, 3, 128>, kDropout>(p);
     }
   });
+  attention_fwd_combine_sm90(p);
 }
 
 }  // namespace flash_models

@@ -21,7 +21,7 @@ struct Arguments {
   Tensor q, k, v;
   OptionalTensor kv_range, cu_seqlens_q, cu_seqlens_k;
   int64_t max_seqlen_q, max_seqlen_k;
-  OptionalTensor row_start, row_index, col_start, col_index;
+  OptionalTensor row_start, row_index, col_start, col_index, row_items, col_items;
   int64_t block_size;
   OptionalTensor rng_state;
   double dropout_p, scale;
@@ -31,8 +31,8 @@ struct Arguments {
 #define FM_SHARED_SCHEMA                                                                         \
   "Tensor q, Tensor k, Tensor v, Tensor? kv_range, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, " \
   "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? row_start, Tensor? row_index, "             \
-  "Tensor? col_start, Tensor? col_index, int block_size, Tensor? rng_state, float dropout_p, "   \
-  "float scale, bool causal, bool deterministic"
+  "Tensor? col_start, Tensor? col_index, Tensor? row_items, Tensor? col_items, int block_size, " \
+  "Tensor? rng_state, float dropout_p, float scale, bool causal, bool deterministic"
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -68,6 +68,16 @@ BlockLists lists_of(const OptionalTensor& start, const OptionalTensor& index, in
                   shape_of(*start));
   return {int32_or_null(start, "block list offsets", q), int32_or_null(index, "block list numbers", q),
           start->size(0) == 1 ? 0 : start->size(1)};
+}
+
+WorkItems items_of(const OptionalTensor& items, const BlockLists& lists, int64_t lines, int64_t heads,
+                   const Tensor& q) {
+  if (!items.has_value()) return {};
+  const int64_t all_lines = lists.head_stride == 0 ? lines : lines * heads;
+  STD_TORCH_CHECK(items->dim() == 2 && items->size(0) >= all_lines && items->size(1) == 4,
+                  "flash_models: the work items of ", all_lines, " lines must be (at least as many, 4), got ",
+                  shape_of(*items));
+  return {int32_or_null(items, "work items", q), items->size(0), items->size(0) - all_lines};
 }
 
 AttentionProblem make_problem(const Arguments& a) {
@@ -113,8 +123,14 @@ AttentionProblem make_problem(const Arguments& a) {
     STD_TORCH_CHECK(a.row_index.has_value() && a.col_start.has_value() && a.col_index.has_value(),
                     "flash_models: a layout needs its four lists");
     p.block_size = a.block_size;
-    p.rows = lists_of(a.row_start, a.row_index, (p.seqlen_q + a.block_size - 1) / a.block_size, p.heads, a.q);
-    p.columns = lists_of(a.col_start, a.col_index, (p.seqlen_k + a.block_size - 1) / a.block_size, p.heads, a.q);
+    STD_TORCH_CHECK(!a.q.is_cuda() || (a.row_items.has_value() && a.col_items.has_value()),
+                    "flash_models: a layout on CUDA needs its work items");
+    const int64_t row_count = (p.seqlen_q + a.block_size - 1) / a.block_size;
+    const int64_t column_count = (p.seqlen_k + a.block_size - 1) / a.block_size;
+    p.rows = lists_of(a.row_start, a.row_index, row_count, p.heads, a.q);
+    p.columns = lists_of(a.col_start, a.col_index, column_count, p.heads, a.q);
+    p.row_items = items_of(a.row_items, p.rows, row_count, p.heads, a.q);
+    p.column_items = items_of(a.col_items, p.columns, column_count, p.heads, a.q);
   }
   if (a.dropout_p > 0.0) {
     STD_TORCH_CHECK(a.rng_state.has_value() && a.rng_state->numel() == 2 &&
@@ -162,6 +178,14 @@ Tensor result_like(const Tensor& t, bool packed) {
   return packed ? zeros_on(t, shape_vector(t), t.scalar_type()) : empty_on(t, shape_vector(t), t.scalar_type());
 }
 
+// `floats` of scratch memory and where they begin; nothing if there are none.
+std::optional<Tensor> scratch_on(const Tensor& like, int64_t floats, float*& begin) {
+  if (floats == 0) return {};
+  Tensor scratch = empty_on(like, {floats}, ScalarType::Float);
+  begin = static_cast<float*>(scratch.mutable_data_ptr());
+  return scratch;
+}
+
 using Forward = void (*)(const AttentionProblem&);
 using Backward = void (*)(const AttentionProblem&, const AttentionGradients&);
 using ForwardScratch = int64_t (*)(const AttentionProblem&);
@@ -171,25 +195,26 @@ template <Forward kForward, ForwardScratch kScratch>
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor kv_range,
                                          OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
                                          int64_t max_seqlen_k, OptionalTensor row_start, OptionalTensor row_index,
-                                         OptionalTensor col_start, OptionalTensor col_index, int64_t block_size,
-                                         OptionalTensor rng_state, double dropout_p, double scale, bool causal,
+                                         OptionalTensor col_start, OptionalTensor col_index, OptionalTensor row_items,
+                                         OptionalTensor col_items, int64_t block_size, OptionalTensor rng_state, double dropout_p, double scale, bool causal,
                                          bool deterministic) {
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (q.is_cuda()) guard.emplace(q.get_device_index());
   q = aligned(q), k = aligned(k), v = aligned(v);
   AttentionProblem p =
       make_problem({q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index,
-                    col_start, col_index, block_size, rng_state, dropout_p, scale, causal, deterministic});
+                    col_start, col_index, row_items, col_items, block_size, rng_state, dropout_p, scale, causal,
+                    deterministic});
   const bool packed = p.cu_seqlens_q != nullptr;
   Tensor out = result_like(q, packed);
   Tensor lse = packed ? zeros_on(q, lse_shape(p), ScalarType::Float) : empty_on(q, lse_shape(p), ScalarType::Float);
   p.out = view_of(out, "out", packed);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  const int64_t scratch = kScratch(p);
-  std::optional<Tensor> partial;
-  if (scratch > 0) {
-    partial = empty_on(q, {scratch}, ScalarType::Float);
-    p.partial = static_cast<float*>(partial->mutable_data_ptr());
+  const std::optional<Tensor> partial = scratch_on(q, kScratch(p), p.partial);
+  std::optional<Tensor> ticket;
+  if (p.row_items.count > 0) {
+    ticket = zeros_on(q, {1}, ScalarType::Int);
+    p.ticket = static_cast<int32_t*>(ticket->mutable_data_ptr());
   }
   if (out.numel() > 0) kForward(p);
   return {out, lse};
@@ -201,14 +226,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor out, Tensor
                                                  OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
                                                  int64_t max_seqlen_k, OptionalTensor row_start,
                                                  OptionalTensor row_index, OptionalTensor col_start,
-                                                 OptionalTensor col_index, int64_t block_size, OptionalTensor rng_state,
+                                                 OptionalTensor col_index, OptionalTensor row_items,
+                                                 OptionalTensor col_items, int64_t block_size, OptionalTensor rng_state,
                                                  double dropout_p, double scale, bool causal, bool deterministic) {
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (q.is_cuda()) guard.emplace(q.get_device_index());
   q = aligned(q), k = aligned(k), v = aligned(v), out = aligned(out), dout = aligned(dout);
   AttentionProblem p =
       make_problem({q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index,
-                    col_start, col_index, block_size, rng_state, dropout_p, scale, causal, deterministic});
+                    col_start, col_index, row_items, col_items, block_size, rng_state, dropout_p, scale, causal,
+                    deterministic});
   const bool packed = p.cu_seqlens_q != nullptr;
   STD_TORCH_CHECK(shape_vector(dout) == shape_vector(q) && shape_vector(out) == shape_vector(q) &&
                       dout.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(),
@@ -229,6 +256,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor out, Tensor
   g.shift = g.delta + scratch.rows;
   Tensor dq_sum = zeros_on(q, {scratch.dq_sum}, ScalarType::Float);
   if (scratch.dq_sum > 0) g.dq_sum = static_cast<float*>(dq_sum.mutable_data_ptr());
+  const std::optional<Tensor> partial = scratch_on(q, scratch.partial, p.partial);
   if (q.numel() > 0 || k.numel() > 0) kBackward(p, g);
   return {dq, dk, dv};
 }

@@ -140,6 +140,22 @@ inline bool __any_sync(unsigned, bool x) {
   });
 }
 
+inline unsigned __ballot_sync(unsigned, bool x) {
+  return emulation::warp_instruction<bool, unsigned>(x, [](const bool* in, unsigned* out) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= unsigned{in[lane]} << lane;
+    std::fill(out, out + 32, bits);
+  });
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+inline int atomicAdd(int* address, int x) {
+  const int before = *address;
+  *address += x;
+  return before;
+}
+
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
