@@ -27,7 +27,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-KERNELS = ("cuda", "fwd_decode", "fwd_sm80", "fwd_sm90", "bwd_rows", "bwd_sm80", "bwd_sm90", "combine_sm90", "bwd_dq_sm80")
+KERNELS = (
+    "cuda",
+    "fwd_decode",
+    "fwd_sm80",
+    "fwd_sm90",
+    "bwd_rows",
+    "bwd_sm80",
+    "bwd_sm90",
+    "combine_sm90",
+    "bwd_dq_sm80",
+)
 
 
 @pytest.fixture(scope="module", params=["sm80", "sm90"])
@@ -71,8 +81,14 @@ CASES = {
     "block-64-heads-causal": {"block_size": 64, "heads": 2, "causal": True},
     "block-64-cut": {"block_size": 64, "longest": 1, "seqlens": (203, 450)},
     "block-128-cut": {"block_size": 128, "longest": 1, "seqlens": (203, 657), "heads": 2},
-    "block-64-cut-all": {"block_size": 64, "longest": 1, "dropout_p": 0.2, "kv_range": [[0, 70], [40, 190]], "causal": True,
-        "seqlens": (203, 200)},
+    "block-64-cut-all": {
+        "block_size": 64,
+        "longest": 1,
+        "dropout_p": 0.2,
+        "kv_range": [[0, 70], [40, 190]],
+        "causal": True,
+        "seqlens": (203, 200),
+    },
     "varlen-block-128-cut": {"cu_seqlens": ([0, 65, 65, 300], [0, 150, 150, 470]), "block_size": 128, "longest": 1},
     "decode": {"seqlens": (1, 2100), "heads": 2},  # the keys are split
     "decode-causal-kv-range": {"seqlens": (3, 1100), "causal": True, "kv_range": [[300, 1100], [0, 500]]},

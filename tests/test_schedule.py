@@ -126,11 +126,11 @@ def test_partial_outputs_combine_to_the_exact_one(name, max_blocks):
             else:
                 out[rows, head], lse[head, rows] = piece, piece_lse
         for parts in partial.values():
-                rows, lses = parts[0][1], torch.stack([piece_lse for *_, piece_lse in parts])
-                combined = lses.logsumexp(0)
-                weights = torch.where(lses == -torch.inf, 0, (lses - combined).exp())
-                out[rows, head] = sum(w[:, None] * part for w, (*_, part, _) in zip(weights, parts, strict=True))
-                lse[head, rows] = combined
+            rows, lses = parts[0][1], torch.stack([piece_lse for *_, piece_lse in parts])
+            combined = lses.logsumexp(0)
+            weights = torch.where(lses == -torch.inf, 0, (lses - combined).exp())
+            out[rows, head] = sum(w[:, None] * part for w, (*_, part, _) in zip(weights, parts, strict=True))
+            lse[head, rows] = combined
     expected, expected_lse = attention_reference(q[None], k[None], v[None], causal=True, layout=layout)
     torch.testing.assert_close(out, expected[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse[0], rtol=1e-12, atol=1e-12)

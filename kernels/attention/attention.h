@@ -50,8 +50,8 @@ struct AttentionProblem {
   const int32_t* cu_seqlens_k = nullptr;
   const int32_t* kv_range = nullptr;  // (B, 2): first and one-past-last valid key
 
-  BlockLists rows;     // key blocks of each query block; rows.start == nullptr means dense
-  BlockLists columns;  // query blocks of each key block
+  BlockLists rows;                    // key blocks of each query block; rows.start == nullptr means dense
+  BlockLists columns;                 // query blocks of each key block
   WorkItems row_items, column_items;  // on CUDA, with a layout
   int64_t block_size = 0;
 
@@ -89,7 +89,7 @@ void attention_fwd_cuda(const AttentionProblem& p);
 void attention_bwd_cuda(const AttentionProblem& p, const AttentionGradients& g);
 
 // What the CUDA backend is made of (cuda.cu).
-bool takes_decode(const AttentionProblem& p);  // whether attention_fwd_decode takes it, and does so faster
+bool takes_decode(const AttentionProblem& p);       // whether attention_fwd_decode takes it, and does so faster
 int64_t decode_scratch(const AttentionProblem& p);  // floats
 void attention_fwd_decode(const AttentionProblem& p);
 void attention_fwd_sm80(const AttentionProblem& p);
@@ -100,7 +100,7 @@ void attention_bwd_rows(const AttentionProblem& p,
 void attention_bwd_sm80(const AttentionProblem& p, const AttentionGradients& g);
 void attention_bwd_sm90(const AttentionProblem& p, const AttentionGradients& g);
 void attention_bwd_combine_sm90(const AttentionProblem& p, const AttentionGradients& g);  // the same: dk and dv
-void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g);  // dq in a fixed order
+void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g);       // dq in a fixed order
 
 // Floats of scratch that a forward pass needs, for what several CTAs compute of one query: none on the CPU.
 int64_t forward_scratch_cpu(const AttentionProblem& p);

@@ -88,8 +88,8 @@ struct Place {
   }
 };
 
-// Item `number` of a launch over the pieces of a layout's lines, which are its tiles. The heads and sequences of a piece
-// run side by side, so that the longest pieces of all of them, those of the first lines, come first.
+// Item `number` of a launch over the pieces of a layout's lines, which are its tiles. The heads and sequences of a
+// piece run side by side, so that the longest pieces of all of them, those of the first lines, come first.
 struct ListedWork {
   Place place;  // tile -1: a spare item, without work
   Piece piece;

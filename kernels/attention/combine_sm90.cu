@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Second launch of a pass with a layout whose long lines were cut into pieces (flash_models/_schedule.py): combines what
-// the pieces left, in their order, so that a result does not depend on which CTA came first. Outputs are weighted by
-// exp(lse - combined lse), gradients summed. A CTA has 64 rows of the first piece of a line; the CTAs of all other items
-// leave at once.
+// Second launch of a pass with a layout whose long lines were cut into pieces (flash_models/_schedule.py): combines
+// what the pieces left, in their order, so that a result does not depend on which CTA came first. Outputs are weighted
+// by exp(lse - combined lse), gradients summed. A CTA has 64 rows of the first piece of a line; the CTAs of all other
+// items leave at once.
 #include "dispatch.cuh"
 #include "hopper/tile.cuh"
 #include "partial.cuh"

@@ -218,8 +218,8 @@ void attention_fwd_decode(const AttentionProblem& p) {
       launch("attention_fwd_decode", attention_fwd_decode<T, kDim>, items_of(p) * splits, kThreads,
              kThreads * static_cast<int>(sizeof(Partial)), p.stream, p, splits);
       if (splits > 1)
-        launch("attention_fwd_decode_combine", attention_fwd_decode_combine<T, kDim>, items_of(p),
-               32 * kCombiningWarps, 4 * kCombiningWarps * (kDim + 2), p.stream, p, splits);
+        launch("attention_fwd_decode_combine", attention_fwd_decode_combine<T, kDim>, items_of(p), 32 * kCombiningWarps,
+               4 * kCombiningWarps * (kDim + 2), p.stream, p, splits);
     }
   });
 }

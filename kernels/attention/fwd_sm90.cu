@@ -15,7 +15,8 @@
 //   registers       scores 64 x kTileK, output 64 x kDim, fp32, and probabilities 64 x kTileK, 16 bits, per warpgroup
 //   barriers        full: the copy engine has written a tile. empty: every consumer warp has read it.
 //
-// The producer alone walks: it tells the consumers with Q which work item this is, and with every K where it begins.
+// The producer alone walks: it tells the consumers with Q which rows these are, and with every K where it begins. The
+// first S of a tile is issued with the last P V of the one before.
 #include <algorithm>
 
 #include "dispatch.cuh"
@@ -44,13 +45,23 @@ struct ForwardMaps {
   CUtensorMap q, k, v;
 };
 
+// What the producer tells of a query tile. Nothing follows a tile -1.
+struct alignas(16) TileNote {
+  int tile, head, batch, slot_and_keys;  // 2 * slot of a partial result, or -2; plus 1 if there are keys to visit
+
+  __device__ __forceinline__ bool last() const { return tile < 0; }
+  __device__ __forceinline__ bool keys() const { return slot_and_keys % 2 != 0; }
+  __device__ __forceinline__ int slot() const { return slot_and_keys >> 1; }
+};
+
 template <typename T, typename Config>
 struct ForwardShared {
   static constexpr int kStages = Config::kStages;
   using Query = PanelTile<T, Config::kTileQ, Config::kDim>;
   using Key = PanelTile<T, Config::kTileK, Config::kDim>;
-  static constexpr int kTiles = 2 * Query::kBytes + 2 * kStages * Key::kBytes, kWords = kTiles + 8 * (5 + 4 * kStages);
-  static constexpr int kBytes = kWords + 4 * (2 + kStages);
+  static constexpr int kTiles = 2 * Query::kBytes + 2 * kStages * Key::kBytes,
+                       kWords = (kTiles + 8 * (5 + 4 * kStages) + 15) / 16 * 16;
+  static constexpr int kBytes = kWords + 2 * sizeof(TileNote) + 4 * kStages;
   uint32_t base;
 
   __device__ __forceinline__ Query q(int stage) const { return {base + stage * Query::kBytes}; }
@@ -65,12 +76,11 @@ struct ForwardShared {
   __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kStages + stage); }
   __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kStages + stage); }
 
-  // The number of the work item, -1 after the last.
-  __device__ __forceinline__ int* item(int stage) const {
-    return static_cast<int*>(__cvta_shared_to_generic(base + kWords)) + stage;
+  __device__ __forceinline__ TileNote* note(int stage) const {
+    return static_cast<TileNote*>(__cvta_shared_to_generic(base + kWords)) + stage;
   }
   // The first key of a tile, plus 1 if it is the last one that these queries visit.
-  __device__ __forceinline__ int* first_key(int stage) const { return item(2 + stage); }
+  __device__ __forceinline__ int* first_key(int stage) const { return reinterpret_cast<int*>(note(2)) + stage; }
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
@@ -89,20 +99,26 @@ struct ForwardShared {
   }
 };
 
-// The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where the
-// work of one CTA is known to be that of every other, which under a causal mask pairs of tiles see to, each takes its
-// share; the pieces of a layout go to whoever asks next; all others go through the hardware's queue, a CTA each.
+// The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where
+// the work of one CTA is known to be that of every other, which under a causal mask pairs of tiles see to, each takes
+// its share; the pieces of a layout go to whoever asks next; all others go through the hardware's queue, a CTA each.
 struct Schedule {
   int query_tiles, count;
   bool pairs;
   int32_t* ticket;
 
-  __device__ __forceinline__ int first() const {
-    return ticket != nullptr ? take_ticket() : blockIdx.x << pairs;
-  }
+  __device__ __forceinline__ int first() const { return ticket != nullptr ? take_ticket() : blockIdx.x << pairs; }
   __device__ __forceinline__ int next(int number) const {
     if (ticket != nullptr) return take_ticket();
     return pairs && number % 2 == 0 ? number + 1 : number + 1 + ((gridDim.x - 1) << pairs);
+  }
+
+  // Most work first: the last queries under a causal mask, otherwise the first, the global tokens of many layouts.
+  __device__ __forceinline__ ListedWork work(const AttentionProblem& p, int number) const {
+    if (p.rows.start != nullptr) return {p, p.rows, p.row_items, query_tiles, p.causal ? count - 1 - number : number};
+    ListedWork whole;
+    whole.place = pairs ? Place::of_pair(p, number, query_tiles) : Place(p, number, query_tiles, p.causal);
+    return whole;
   }
 
  private:
@@ -113,36 +129,15 @@ struct Schedule {
   }
 };
 
-// One query tile, as producer and consumers both derive it. Most work first: the last queries under a causal mask,
-// otherwise the first, the global tokens of many layouts.
+// The rows of one query tile, as producer and consumers both derive them.
 template <typename Config>
 struct QueryTile {
-  const ListedWork work;
-  const Place place;
   const Sequence s;
   const int q0;
   const Visible visible;
 
-  __device__ __forceinline__ QueryTile(const AttentionProblem& p, const Schedule& schedule, int number)
-      : work(listed(p, schedule, number)),
-        place(p.rows.start != nullptr ? work.place
-              : schedule.pairs        ? Place::of_pair(p, number, schedule.query_tiles)
-                                      : Place(p, number, schedule.query_tiles, p.causal)),
-        s(sequence_of(p, place.batch)),
-        q0(place.tile * Config::kTileQ),
-        visible(p, s) {}
-
-  __device__ __forceinline__ bool exists() const { return q0 >= 0 && q0 < s.q_len; }
-
-  __device__ __forceinline__ Tiles walk(const AttentionProblem& p) const {
-    return key_tiles(p, visible, work.piece, q0, Config::kTileQ, Config::kTileK);
-  }
-
- private:
-  static __device__ __forceinline__ ListedWork listed(const AttentionProblem& p, const Schedule& schedule, int number) {
-    if (p.rows.start == nullptr) return {};
-    return {p, p.rows, p.row_items, schedule.query_tiles, p.causal ? schedule.count - 1 - number : number};
-  }
+  __device__ __forceinline__ QueryTile(const AttentionProblem& p, int tile, int batch)
+      : s(sequence_of(p, batch)), q0(tile * Config::kTileQ), visible(p, s) {}
 };
 
 // The consumers' turns: warpgroup `i` issues products after `i - 1` has.
@@ -163,41 +158,43 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
   Producer producer{shared.raw()};
   Ring<2> queries;
   Ring<Config::kStages> ring;
-  auto tell = [&](int* word, int value) {
-    if (producer.leader) *word = value;
-  };
   for (int number = schedule.first(); number < schedule.count; number = schedule.next(number)) {
-    const QueryTile<Config> tile(p, schedule, number);
-    if (!tile.exists()) continue;
-    const Tiles walk = tile.walk(p);
-    const int batch = p.cu_seqlens_q != nullptr ? 0 : tile.place.batch;  // packed tensors have one
+    const ListedWork work = schedule.work(p, number);
+    const QueryTile<Config> tile(p, work.place.tile, work.place.batch);
+    if (work.place.tile < 0 || tile.q0 >= tile.s.q_len) continue;
+    const Tiles walk = key_tiles(p, tile.visible, work.piece, tile.q0, Config::kTileQ, Config::kTileK);
+    const int batch = p.cu_seqlens_q != nullptr ? 0 : work.place.batch, head = work.place.head;  // packed: one batch
     const int key_begin = static_cast<int>(tile.s.k_begin);
     int position = walk.next(0);
 
     ptx::mbarrier_wait(shared.q_empty(queries.stage), queries.parity ^ 1);
-    tell(shared.item(queries.stage), 2 * number + (position < walk.count));
+    if (producer.leader)
+      *shared.note(queries.stage) = {work.place.tile, head, work.place.batch,
+                                     2 * static_cast<int>(work.slot) + (position < walk.count)};
     producer.load(shared.q(queries.stage), maps.q, shared.q_full(queries.stage),
-                  static_cast<int>(tile.s.q_begin) + tile.q0, tile.place.head, batch);
+                  static_cast<int>(tile.s.q_begin) + tile.q0, head, batch);
     queries.advance();
     while (position < walk.count) {
       const int k0 = walk.tile(position) * Config::kTileK;
       position = walk.next(position + 1);
       ptx::mbarrier_wait(shared.k_empty(ring.stage), ring.parity ^ 1);
-      tell(shared.first_key(ring.stage), k0 + (position >= walk.count));
-      producer.load(shared.k(ring.stage), maps.k, shared.k_full(ring.stage), key_begin + k0, tile.place.head, batch);
+      if (producer.leader) *shared.first_key(ring.stage) = k0 + (position >= walk.count);
+      producer.load(shared.k(ring.stage), maps.k, shared.k_full(ring.stage), key_begin + k0, head, batch);
       ptx::mbarrier_wait(shared.v_empty(ring.stage), ring.parity ^ 1);
-      producer.load(shared.v(ring.stage), maps.v, shared.v_full(ring.stage), key_begin + k0, tile.place.head, batch,
+      producer.load(shared.v(ring.stage), maps.v, shared.v_full(ring.stage), key_begin + k0, head, batch,
                     tile.visible.lo - k0, tile.visible.hi - k0);
       ring.advance();
     }
   }
   ptx::mbarrier_wait(shared.q_empty(queries.stage), queries.parity ^ 1);
-  tell(shared.item(queries.stage), -1);
-  if (producer.leader) ptx::mbarrier_arrive(shared.q_full(queries.stage));
+  if (producer.leader) {
+    *shared.note(queries.stage) = {-1, 0, 0, 0};
+    ptx::mbarrier_arrive(shared.q_full(queries.stage));
+  }
 }
 
 template <typename T, typename Config, bool kDropout>
-__device__ __forceinline__ void consume(const AttentionProblem& p, const Schedule& schedule) {
+__device__ __forceinline__ void consume(const AttentionProblem& p) {
   constexpr int kDim = Config::kDim, kTileK = Config::kTileK;
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   const Lane lane;
@@ -205,19 +202,39 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
   const float scale_log2 = p.scale * kLog2e;
   Ring<2> queries;
   Ring<Config::kStages> keys, values;
+  float scores[1][kTileK / 8][4], out[1][kDim / 8][4], factor[1][2];
+  uint32_t probabilities[kTileK / 16][4];
   if (warpgroup == Config::kWarpgroups - 1) Turns<Config::kWarpgroups>::pass(warpgroup);
 
-  while (true) {
+  auto multiply_qk = [&] {
+    multiply_rows<T>(scores, shared.q(queries.stage), 64 * warpgroup, shared.k(keys.stage));
+    ptx::wgmma_commit();
+  };
+  auto multiply_pv = [&] {
+    multiply_columns<T>(out, probabilities, shared.v(values.stage), true);
+    ptx::wgmma_commit();
+  };
+  auto release_v = [&] {
+    ptx::mbarrier_arrive_warp(shared.v_empty(values.stage));
+    values.advance();
+  };
+  auto await_tile = [&] {  // with its first keys
     ptx::mbarrier_wait(shared.q_full(queries.stage), queries.parity);
-    const int item = *shared.item(queries.stage);
-    if (item < 0) break;
-    const QueryTile<Config> tile(p, schedule, item / 2);
-    const int q0 = tile.q0 + row0, head = tile.place.head;
-    float scores[1][kTileK / 8][4], out[1][kDim / 8][4], factor[1][2];
-    uint32_t probabilities[kTileK / 16][4];
+    const TileNote note = *shared.note(queries.stage);
+    if (note.keys()) ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
+    return note;
+  };
+
+  TileNote note = await_tile();
+  ptx::wgmma_fence();
+  multiply_qk();  // in vain where there are no keys
+  ptx::wgmma_wait<0>();
+  while (!note.last()) {
+    const QueryTile<Config> tile(p, note.tile, note.batch);
+    const int q0 = tile.q0 + row0, head = note.head, slot = note.slot();
     OnlineSoftmax<1> softmax;
     KeepBits<1, kTileK / 8> keep;
-    const Dropout dropout(p, tile.place.batch * p.heads + head);
+    const Dropout dropout(p, note.batch * p.heads + head);
     clear(out);
 
     auto mask = [&](int k0) {
@@ -238,75 +255,67 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Schedul
         for (uint32_t& word : keep.word[0]) ptx::compute_now(word);
       }
     };
-
-    if (item % 2) {  // there are keys
-      ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
-      ptx::wgmma_fence();
-      multiply_rows<T>(scores, shared.q(queries.stage), 64 * warpgroup, shared.k(keys.stage));
-      ptx::wgmma_commit();
-      int k0 = *shared.first_key(keys.stage);
-      draw(k0 & ~1);
-      ptx::wgmma_wait<0>();
+    auto release_k = [&] {
       ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
       keys.advance();
+    };
+
+    if (note.keys()) {
+      int k0 = *shared.first_key(keys.stage);
+      release_k();
+      draw(k0 & ~1);
       mask(k0 & ~1);
       move();
       exponentiate();
-
       while (k0 % 2 == 0) {  // not the last
         ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
         ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
         Turns<Config::kWarpgroups>::take(warpgroup);
         ptx::wgmma_fence();
-        multiply_rows<T>(scores, shared.q(queries.stage), 64 * warpgroup, shared.k(keys.stage));
-        ptx::wgmma_commit();
-        multiply_columns<T>(out, probabilities, shared.v(values.stage), true);
-        ptx::wgmma_commit();
+        multiply_qk();
+        multiply_pv();
         Turns<Config::kWarpgroups>::pass(warpgroup);
         k0 = *shared.first_key(keys.stage);
         draw(k0 & ~1);
         ptx::wgmma_wait<1>();
-        ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
-        keys.advance();
+        release_k();
         mask(k0 & ~1);
         ptx::wgmma_wait<0>();
-        ptx::mbarrier_arrive_warp(shared.v_empty(values.stage));
-        values.advance();
+        release_v();
         exponentiate();
       }
-      ptx::mbarrier_arrive_warp(shared.q_empty(queries.stage));
-
       ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
-      ptx::wgmma_fence();
-      multiply_columns<T>(out, probabilities, shared.v(values.stage), true);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      ptx::mbarrier_arrive_warp(shared.v_empty(values.stage));
-      values.advance();
-    } else {
-      ptx::mbarrier_arrive_warp(shared.q_empty(queries.stage));
     }
+    const bool with_keys = note.keys();
+    const int batch = note.batch;
+    ptx::mbarrier_arrive_warp(shared.q_empty(queries.stage));
     queries.advance();
+    note = await_tile();
+    ptx::wgmma_fence();
+    if (with_keys) multiply_pv();
+    multiply_qk();
+    ptx::wgmma_wait<1>();
+    if (with_keys) release_v();
 
     softmax.finish(factor, kDropout ? p.keep_scale : 1.0f);
-    if (tile.work.slot >= 0) {
-      float* partial = partial_of_warp(p, tile.work.slot, row0, partial_out_floats(kDim));
+    if (slot >= 0) {
+      float* partial = partial_of_warp(p, slot, row0, partial_out_floats(kDim));
       store_partial(out, factor[0], partial, lane.id);
       if (lane.id % 4 == 0)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          partial[16 * kDim + lane.row + 8 * half] = softmax.lse(0, half, p.scale);
-      continue;
-    }
-    const int rows = static_cast<int>(tile.s.q_len) - q0;
-    if (lane.id % 4 == 0) {
-      float* lse = p.lse + lse_offset(p, tile.s, tile.place.batch, head) + q0;
+        for (int half = 0; half < 2; ++half) partial[16 * kDim + lane.row + 8 * half] = softmax.lse(0, half, p.scale);
+    } else {
+      const int rows = static_cast<int>(tile.s.q_len) - q0;
+      if (lane.id % 4 == 0) {
+        float* lse = p.lse + lse_offset(p, tile.s, batch, head) + q0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (lane.row + 8 * half < rows) lse[lane.row + 8 * half] = softmax.lse(0, half, p.scale);
+        for (int half = 0; half < 2; ++half)
+          if (lane.row + 8 * half < rows) lse[lane.row + 8 * half] = softmax.lse(0, half, p.scale);
+      }
+      T* target = static_cast<T*>(p.out.data) + query_offset(p.out, tile.s, batch, head) + q0 * p.out.seq;
+      store_fragments<T>(out, factor, target, p.out.seq, rows, static_cast<int>(p.head_dim), lane);
     }
-    T* target = static_cast<T*>(p.out.data) + query_offset(p.out, tile.s, tile.place.batch, head) + q0 * p.out.seq;
-    store_fragments<T>(out, factor, target, p.out.seq, rows, static_cast<int>(p.head_dim), lane);
+    ptx::wgmma_wait<0>();
   }
 }
 
@@ -321,7 +330,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (threadIdx.x < 32) produce<T, Config>(p, maps, schedule);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
-    consume<T, Config, kDropout>(p, schedule);
+    consume<T, Config, kDropout>(p);
   }
 }
 
@@ -339,8 +348,7 @@ void launch_forward(const AttentionProblem& p) {
     throw std::runtime_error("flash_models: attention_fwd_sm90 takes fewer than 2^30 query tiles; split the batch");
   const int64_t ctas = listed || equal ? std::min<int64_t>(units, Config::kCtasPerSm * multiprocessors()) : units;
   launch("attention_fwd_sm90", attention_fwd_sm90<T, Config, kDropout>, ctas, Config::kThreads, Shared::kBytes,
-         p.stream, p, maps,
-         Schedule{static_cast<int>(query_tiles), static_cast<int>(units << pairs), pairs, p.ticket});
+         p.stream, p, maps, Schedule{static_cast<int>(query_tiles), static_cast<int>(units << pairs), pairs, p.ticket});
 }
 
 }  // namespace

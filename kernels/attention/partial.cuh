@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Where pieces of a cut line leave their results (ListedWork, blocks.cuh) until they are combined. A slot holds the
-// accumulators of a block of rows, fp32, in the order in which they lie in the lanes of the warps that own 16 rows each:
+// accumulators of a block of rows, fp32, in the order in which they lie in the lanes of the warps that own 16 rows
+// each:
 //
 //   forward    [warp][16 x kDim of out, normalised | lse of the 16 rows]
 //   backward   [warp][16 x kDim of dk | 16 x kDim of dv], without their factors
@@ -11,7 +12,7 @@
 
 namespace flash_models {
 
-__host__ __device__ constexpr int partial_out_floats(int dim) { return 16 * (dim + 1); }    // of a warp
+__host__ __device__ constexpr int partial_out_floats(int dim) { return 16 * (dim + 1); }  // of a warp
 __host__ __device__ constexpr int partial_dkv_floats(int dim) { return 2 * 16 * dim; }
 
 // Floats of all slots.
