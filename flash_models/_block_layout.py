@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`BlockLayout`, the lists of blocks that the kernels walk, and how they are made from a mask of blocks."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -58,10 +57,16 @@ class BlockLayout:
     col_index: torch.Tensor  # int32 (as row_index,)
     max_listed: int  # listed blocks of all Hl heads together, or more: what the host knows without asking the device
     names: tuple[str, ...] = ("block mask",)  # the pattern and its parameters, for figures; one, or one per head
+    row_items: torch.Tensor | None = field(init=False, default=None, repr=False)  # on CUDA: `work_items()`
+    col_items: torch.Tensor | None = field(init=False, default=None, repr=False)  # `work_items(transposed=True)`
 
     def __post_init__(self):
-        if self.device.type == "cuda":  # now, because torch.compile and CUDA graphs only read what there is
-            self.row_items, self.col_items  # noqa: B018
+        if self.device.type != "cuda":
+            return
+        rows = self.work_items()
+        columns = rows if self.col_start is self.row_start else self.work_items(transposed=True)
+        object.__setattr__(self, "row_items", rows)
+        object.__setattr__(self, "col_items", columns)
 
     @property
     def num_heads(self):
@@ -87,25 +92,23 @@ class BlockLayout:
         mask = self.to_dense().repeat_interleave(self.block_size, 1).repeat_interleave(self.block_size, 2)
         return mask[:, : self.seqlen_q, : self.seqlen_k]
 
-    @cached_property
-    def row_items(self):
-        """The work of the forward pass on CUDA, as of `make_schedule`."""
-        return self._items(self.row_start, self.col_start)
-
-    @cached_property
-    def col_items(self):
-        """The work of the backward pass for keys and values on CUDA."""
-        return self.row_items if self.col_start is self.row_start else self._items(self.col_start, self.row_start)
-
-    def _items(self, start, other):
-        lines = start.shape[0] * (start.shape[1] - 1)
-        max_blocks = piece_size(lines, self.max_listed)
+    def work_items(self, transposed=False):
+        """What the CUDA kernels hand out: the rows (`transposed`: columns) in pieces, as of `make_schedule`."""
+        start, other = (self.col_start, self.row_start) if transposed else (self.row_start, self.col_start)
+        max_blocks = piece_size(start.shape[0] * (start.shape[1] - 1), self.max_listed)
         return make_schedule(start, max_blocks, max_length=other.shape[1] - 1, max_listed=self.max_listed)
 
     def op_arguments(self):
-        """The layout as the ops take it. The work items are for CUDA."""
-        items = (self.row_items, self.col_items) if self.device.type == "cuda" else (None, None)
-        return self.row_start, self.row_index, self.col_start, self.col_index, *items, self.block_size
+        """The layout as the ops take it, by name."""
+        return {
+            "row_start": self.row_start,
+            "row_index": self.row_index,
+            "col_start": self.col_start,
+            "col_index": self.col_index,
+            "row_items": self.row_items,
+            "col_items": self.col_items,
+            "block_size": self.block_size,
+        }
 
     def plot(self, path):
         """Draw the pattern, heads that differ side by side, into the image file `path`. Needs matplotlib."""

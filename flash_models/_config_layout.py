@@ -17,7 +17,7 @@ def _constant_layout(fields, seqlen, num_heads, device):
     if torch.compiler.is_compiling():
         # What torch._dynamo.mark_static does, which cannot be called while tracing. Else dynamic=True makes symbols of
         # the sizes of these constants, to which no argument gives a value.
-        for tensor in layout.op_arguments():
+        for tensor in layout.op_arguments().values():
             if isinstance(tensor, torch.Tensor):
                 tensor._dynamo_static_indices = {0, 1}
     return layout

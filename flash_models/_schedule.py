@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting long lines of a block layout into pieces, so that no worker owns one that takes far longer than the others."""
+"""Cutting long lines of a block layout into pieces, so that no worker owns one that takes far longer than others."""
 
 import torch
 

@@ -6,6 +6,7 @@ import torch
 from attention_case import check, gradients, int32, packed, random_layout, random_qkv
 
 from flash_models import attention, layouts
+from flash_models._schedule import make_schedule
 from flash_models.reference import dropout_mask, dropout_threshold
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -74,6 +75,30 @@ def test_packed_sequences_do_not_touch(one_dtype):
 def test_random_layout(layout_heads, block_size, causal, target):
     q, k, v = random_qkv(513, 449, heads=3, **target)
     check(q, k, v, layout=random_layout(513, 449, block_size, layout_heads, q.device), causal=causal)
+
+
+@pytest.mark.parametrize("causal, dropout_p", [(False, 0.0), (True, 0.2)], ids=["full", "causal_dropout"])
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("layout_heads", [1, 2], ids=["shared", "per_head"])
+def test_long_lines(layout_heads, block_size, causal, dropout_p, one_dtype):
+    """A row and a column of blocks that list many times more than the others, which CUDA kernels cut into pieces."""
+    mask = torch.eye(24, 40, dtype=torch.bool).repeat(layout_heads, 1, 1)
+    mask[:, 21], mask[:, :, 2] = True, True
+    seqlen_q, seqlen_k = 24 * block_size - 9, 40 * block_size - 30
+    layout = layouts.from_block_mask(mask.to(one_dtype["device"]), seqlen_q, seqlen_k, block_size)
+    # so that the tests meet what they are for, with fewer blocks than would be worth it
+    items = [
+        make_schedule(start, 16, max_length=40, max_listed=layout.max_listed, max_partial=3 * layout_heads)
+        for start in (layout.row_start, layout.col_start)
+    ]
+    layout.__dict__.update(row_items=items[0], col_items=items[1])
+    assert all((item[:, 3] >= 0).sum() >= 2 * layout_heads for item in items)
+    q, k, v = random_qkv(seqlen_q, seqlen_k, heads=2, **one_dtype)
+    kv_range = int32([[0, seqlen_k], [300, seqlen_k - 200]], q.device)
+    for deterministic in (False, True):
+        check(
+            q, k, v, layout=layout, causal=causal, dropout_p=dropout_p, kv_range=kv_range, deterministic=deterministic
+        )
 
 
 PATTERNS = {

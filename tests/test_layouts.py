@@ -231,7 +231,7 @@ def build_all(device):
     mixture = layouts.per_head(made, num_heads=8)
     for layout in (*made, mixture, from_block_mask(mask, 512, 512), grid_2d(64, 64, 1, 64, device=device)):
         layout.to_dense()
-        assert layout.row_items.shape[1] == layout.col_items.shape[1] == 4
+        assert layout.work_items().shape[1] == layout.work_items(transposed=True).shape[1] == 4
 
 
 def test_built_without_a_sort_or_a_wait(device):

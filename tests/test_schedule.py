@@ -156,10 +156,9 @@ def test_partial_gradients_add_up(name):
 def test_sizes_follow_the_listed_blocks():
     """64K tokens, one global block: 512 rows of 6 blocks and one of 512, which alone is cut; no more scratch memory."""
     layout = layouts.local_global(2**16, 256, 128)
-    items = used(layout.row_items)
+    items = used(layout.work_items())
     pieces = [last - first for line, first, last, slot in items if slot >= 0]
     assert sum(pieces) == 512 and 8 <= len(pieces) <= 16
     assert max(last - first for _, first, last, _ in items) == max(pieces) == -(-512 // len(pieces))
-    assert len(layout.row_items) == 512 + 64
-    assert layout.col_items is layout.row_items
-    assert len(layouts.dense(2**14).row_items) == 128  # equal lines: none is long
+    assert len(layout.work_items()) == 512 + 64
+    assert len(layouts.dense(2**14).work_items()) == 128  # equal lines: none is long
