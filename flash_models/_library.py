@@ -16,10 +16,10 @@ import torch
 
 _NAME = "_kernels.so"
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? kv_range, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? row_start, Tensor? row_index, Tensor? col_start, "
-    "Tensor? col_index, int block_size, Tensor? rng_state, float dropout_p, float scale, bool causal, "
-    "bool deterministic"
+    "Tensor q, Tensor k, Tensor v, float scale, bool causal, bool deterministic, Tensor? kv_range=None, "
+    "float dropout_p=0., Tensor? rng_state=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, Tensor? row_start=None, Tensor? row_index=None, "
+    "Tensor? col_start=None, Tensor? col_index=None, int block_size=0"
 )
 # The schemas of kernels/attention/op.cpp, which a compiled library brings with it.
 SCHEMAS = {
@@ -57,16 +57,16 @@ def _warn_once(reason):
 def _serve_by_reference(backend, reason):
     from .reference import reference_backward, reference_forward
 
-    def contiguous_results(reference, args):
+    def contiguous_results(reference, args, options):
         with torch.autocast(args[0].device.type, enabled=False):  # the dtypes of the arguments rule, as in a kernel
-            return tuple(result.contiguous() for result in reference(*args))
+            return tuple(result.contiguous() for result in reference(*args, **options))
 
-    def forward(*args):
+    def forward(*args, **options):
         _warn_once(reason)
-        return contiguous_results(reference_forward, args)
+        return contiguous_results(reference_forward, args, options)
 
-    def backward(*args):
-        return contiguous_results(reference_backward, args)
+    def backward(*args, **options):
+        return contiguous_results(reference_backward, args, options)
 
     fragment.impl("attention_fwd", forward, backend)
     fragment.impl("attention_bwd", backward, backend)

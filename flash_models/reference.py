@@ -162,8 +162,9 @@ def _blocks_of_lists(row_start, row_index, col_start):
 
 
 def reference_forward(
-    q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index, col_start,
-    col_index, block_size, rng_state, dropout_p, scale, causal, deterministic,
+    q, k, v, scale, causal, deterministic, kv_range=None, dropout_p=0.0, rng_state=None, cu_seqlens_q=None,
+    cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, row_start=None, row_index=None, col_start=None, col_index=None,
+    block_size=0,
 ):  # fmt: skip
     """`attention_fwd`: (out in q's dtype, lse), computed in float32, or in float64 if q is."""
     blocks = _blocks_of_lists(row_start, row_index, col_start)
@@ -176,8 +177,9 @@ def reference_forward(
 
 
 def reference_backward(
-    dout, out, lse, q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index,
-    col_start, col_index, block_size, rng_state, dropout_p, scale, causal, deterministic,
+    dout, out, lse, q, k, v, scale, causal, deterministic, kv_range=None, dropout_p=0.0, rng_state=None,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, row_start=None, row_index=None,
+    col_start=None, col_index=None, block_size=0,
 ):  # fmt: skip
     """`attention_bwd`: (dq, dk, dv) in the dtypes of q, k, v.
 
