@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
+from ._checks import check_qkv
+
 _NAME = "_kernels.so"
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, float scale, bool causal, bool deterministic, Tensor? kv_range=None, "
+    "Tensor q, Tensor k, Tensor v, float? scale, bool causal, bool deterministic, Tensor? kv_range=None, "
     "float dropout_p=0., Tensor? rng_state=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, Tensor? row_start=None, Tensor? row_index=None, "
     "Tensor? col_start=None, Tensor? col_index=None, int block_size=0"
@@ -57,16 +59,17 @@ def _warn_once(reason):
 def _serve_by_reference(backend, reason):
     from .reference import reference_backward, reference_forward
 
-    def contiguous_results(reference, args, options):
+    def contiguous_results(reference, args):
         with torch.autocast(args[0].device.type, enabled=False):  # the dtypes of the arguments rule, as in a kernel
-            return tuple(result.contiguous() for result in reference(*args, **options))
+            return tuple(result.contiguous() for result in reference(*args))
 
-    def forward(*args, **options):
+    def forward(*args):  # in schema order: the dispatcher knows no names
         _warn_once(reason)
-        return contiguous_results(reference_forward, args, options)
+        check_qkv(*args[:3], packed=any(cu_seqlens_q is not None for cu_seqlens_q in args[9:10]))
+        return contiguous_results(reference_forward, args)
 
-    def backward(*args, **options):
-        return contiguous_results(reference_backward, args, options)
+    def backward(*args):
+        return contiguous_results(reference_backward, args)
 
     fragment.impl("attention_fwd", forward, backend)
     fragment.impl("attention_bwd", backward, backend)

@@ -64,9 +64,34 @@ def attention(
     autocast = autocast_dtype(q)
     if autocast is not None:  # scaled_dot_product_attention does the same
         q, k, v = q.to(autocast), k.to(autocast), v.to(autocast)
+    options = {}  # of the op, by name: what a plain call does without costs it nothing
+    if not kv_range is cu_seqlens_q is cu_seqlens_k is layout is None:
+        options = _checked_options(q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, layout)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
+    if dropout_p > 0.0:
+        options["dropout_p"] = dropout_p
+        options["rng_state"] = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
+    if scale is not None and scale < 0.0:
+        q, scale = -q, -scale  # the kernels follow the maximum of the unscaled scores
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    if torch.compiler.is_compiling():
+        check_qkv(q, k, v, "cu_seqlens_q" in options)
+        out, lse = attention_fwd(q, k, v, scale, causal, deterministic, **options)
+    else:
+        try:
+            out, lse = _autograd(q, k, v, scale, causal, deterministic, **options)
+        except RuntimeError:  # the op checks its tensors: here in terms of the arguments what did not fit
+            check_qkv(q, k, v, "cu_seqlens_q" in options)
+            raise
+    return (out, lse) if return_lse else out
+
+
+def _checked_options(q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, layout):
+    """The op's arguments, by name, for padding, packed sequences and layouts."""
+    options = {}
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     check_qkv(q, k, v, packed)
-    options = {}  # of the op, by name: what a plain call does without costs it nothing
     k_lengths = None
     if packed:
         max_seqlen_q, max_seqlen_k, k_lengths = check_packed(
@@ -84,23 +109,12 @@ def attention(
         check_layout(layout, q.shape[-2], max_seqlen_q, max_seqlen_k, q.device)
         options |= {name: getattr(layout, name) for name in ("row_start", "row_index", "col_start", "col_index")}
         options["block_size"] = layout.block_size
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
-    if dropout_p > 0.0:
-        options["dropout_p"] = dropout_p
-        options["rng_state"] = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale < 0.0:
-        q, scale = -q, -scale  # the kernels follow the maximum of the unscaled scores
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    # Eager calls go straight to what the dispatcher would call back into Python for, which saves 3 us.
-    run = attention_fwd if torch.compiler.is_compiling() else _autograd
-    out, lse = run(q, k, v, scale, causal, deterministic, **options)
-    return (out, lse) if return_lse else out
+    return options
 
 
 @torch.library.register_fake("flash_models::attention_fwd")
 def _(q, k, v, scale, causal, deterministic, kv_range=None, dropout_p=0.0, rng_state=None, cu_seqlens_q=None, *_, **__):
+    check_qkv(q, k, v, cu_seqlens_q is not None)
     lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 

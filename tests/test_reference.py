@@ -106,10 +106,9 @@ def op_arguments(q, k, v, *, kv_range=None, cu_seqlens=None, layout=None, rng_st
         lists = (layout.row_start, layout.row_index, layout.col_start, layout.col_index)
     length = q.shape[0 if cu_seqlens is not None else 1]
     block_size = layout.block_size if layout is not None else 0
-    scale = q.shape[-1] ** -0.5
     return (
-        q, k, v, kv_range, cu_seqlens, cu_seqlens, length, length, *lists, block_size, rng_state, dropout_p, scale,
-        causal, False,
+        q, k, v, None, causal, False, kv_range, dropout_p, rng_state, cu_seqlens, cu_seqlens, length, length, *lists,
+        block_size,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ namespace {
 // The arguments that attention_fwd and attention_bwd share, in schema order.
 struct Arguments {
   Tensor q, k, v;
-  double scale;
+  std::optional<double> scale;
   bool causal, deterministic;
   OptionalTensor kv_range;
   double dropout_p;
@@ -31,8 +31,8 @@ struct Arguments {
 
 // Every argument that Python passes costs 0.1 us, so what few calls need comes last and has a default.
 #define FM_SHARED_SCHEMA                                                                                 \
-  "Tensor q, Tensor k, Tensor v, float scale, bool causal, bool deterministic, Tensor? kv_range=None, "  \
-  "float dropout_p=0., Tensor? rng_state=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "  \
+  "Tensor q, Tensor k, Tensor v, float? scale, bool causal, bool deterministic, Tensor? kv_range=None, " \
+  "float dropout_p=0., Tensor? rng_state=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "   \
   "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, Tensor? row_start=None, Tensor? row_index=None, "       \
   "Tensor? col_start=None, Tensor? col_index=None, int block_size=0"
 
@@ -79,6 +79,7 @@ AttentionProblem make_problem(const Arguments& a) {
   p.k = view_of(a.k, "k", packed);
   p.v = view_of(a.v, "v", packed);
   p.dtype = dtype_of(a.q);
+  STD_TORCH_CHECK(p.dtype != DType::kFloat32 || a.q.is_cpu(), "flash_models: float32 is for the CPU");
   STD_TORCH_CHECK(a.k.scalar_type() == a.q.scalar_type() && a.v.scalar_type() == a.q.scalar_type(),
                   "flash_models: q, k, v differ in dtype");
   STD_TORCH_CHECK(a.k.get_device() == a.q.get_device() && a.v.get_device() == a.q.get_device() &&
@@ -127,7 +128,7 @@ AttentionProblem make_problem(const Arguments& a) {
     p.keep_scale = 256.0f / static_cast<float>(256u - p.dropout_threshold);
     if (p.dropout_threshold > 0) p.rng_state = pointer_or_null<int64_t>(a.rng_state);
   }
-  p.scale = static_cast<float>(a.scale);
+  p.scale = static_cast<float>(a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(p.head_dim)));
   p.causal = a.causal;
   p.deterministic = a.deterministic;
 #ifdef FLASH_MODELS_CUDA
@@ -170,11 +171,12 @@ using ForwardScratch = int64_t (*)(const AttentionProblem&);
 using Scratch = BackwardScratch (*)(const AttentionProblem&);
 
 template <Forward kForward, ForwardScratch kScratch>
-std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double scale, bool causal, bool deterministic,
-                                         OptionalTensor kv_range, double dropout_p, OptionalTensor rng_state,
-                                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
-                                         int64_t max_seqlen_k, OptionalTensor row_start, OptionalTensor row_index,
-                                         OptionalTensor col_start, OptionalTensor col_index, int64_t block_size) {
+std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<double> scale, bool causal,
+                                         bool deterministic, OptionalTensor kv_range, double dropout_p,
+                                         OptionalTensor rng_state, OptionalTensor cu_seqlens_q,
+                                         OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                         OptionalTensor row_start, OptionalTensor row_index, OptionalTensor col_start,
+                                         OptionalTensor col_index, int64_t block_size) {
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (q.is_cuda()) guard.emplace(q.get_device_index());
   q = aligned(q), k = aligned(k), v = aligned(v);
@@ -197,11 +199,13 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double sc
 }
 
 template <Backward kBackward, Scratch kScratch>
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(
-    Tensor dout, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, double scale, bool causal, bool deterministic,
-    OptionalTensor kv_range, double dropout_p, OptionalTensor rng_state, OptionalTensor cu_seqlens_q,
-    OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, OptionalTensor row_start,
-    OptionalTensor row_index, OptionalTensor col_start, OptionalTensor col_index, int64_t block_size) {
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
+                                                 std::optional<double> scale, bool causal, bool deterministic,
+                                                 OptionalTensor kv_range, double dropout_p, OptionalTensor rng_state,
+                                                 OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                                 int64_t max_seqlen_q, int64_t max_seqlen_k, OptionalTensor row_start,
+                                                 OptionalTensor row_index, OptionalTensor col_start,
+                                                 OptionalTensor col_index, int64_t block_size) {
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (q.is_cuda()) guard.emplace(q.get_device_index());
   q = aligned(q), k = aligned(k), v = aligned(v), out = aligned(out), dout = aligned(dout);
