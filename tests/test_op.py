@@ -186,6 +186,23 @@ def test_lse_has_no_gradient(device):
     assert out.requires_grad and not lse.requires_grad
 
 
+def test_no_gradient_arrives(device):
+    """What comes after attention may give its input no gradient; then the inputs of attention have none either."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    tensors = leaves(device)
+    (Stop.apply(attention(*tensors)).sum() + tensors[0].sum()).backward()
+    assert (tensors[0].grad == 1).all() and tensors[1].grad is None and tensors[2].grad is None
+
+
 def test_second_derivative_is_refused(device):
     tensors = leaves(device)
     with pytest.raises(NotImplementedError, match="no second derivative"):
