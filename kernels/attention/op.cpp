@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Schema, registration and the checks that both backends rely on. They refuse whatever ops.py would of q, k and v, which
-// it looks at only after a refusal, to report it in terms of its arguments.
+// Schema, registration and the checks that both backends rely on. They refuse whatever ops.py would of q, k and v,
+// which it looks at only after a refusal, to report it in terms of its arguments.
 #include "op.h"
 #include "attention.h"
 
