@@ -31,6 +31,14 @@ def _unsupported(dtype, device):
     return TypeError(f"q, k, v are {dtype}; expected bfloat16 or float16, or on CPU also float32")
 
 
+def autocast_dtype(t):
+    """The dtype that autocast has attention over `t` computed in; None where it is off."""
+    kind = "cuda" if t.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(kind) or t.device.type != kind:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def check_qkv(q, k, v, packed):
     q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
     rank = 3 if packed else 4
@@ -62,10 +70,11 @@ def check_qkv(q, k, v, packed):
         )
     if k_shape[-1] != head_dim or not packed and k_shape[0] != q_shape[0]:
         raise ValueError(f"q has shape {_shape(q)}, k and v {_shape(k)}; expected the same batch, heads and head_dim")
-    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+    strides = q.stride()[-1], k.stride()[-1], v.stride()[-1]
+    if strides != (1, 1, 1):
         raise ValueError(
-            f"the last dimension of q, k, v has strides {q.stride(-1)}, {k.stride(-1)}, {v.stride(-1)}; expected 1: "
-            "call .contiguous() on the tensor whose stride is not 1"
+            "the last dimension of q, k, v has strides {}, {}, {}; expected 1: call .contiguous() on the tensor whose "
+            "stride is not 1".format(*strides)
         )
 
 

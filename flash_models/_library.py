@@ -14,12 +14,15 @@ from pathlib import Path
 
 import torch
 
+from ._checks import check_qkv
+
 _NAME = "_kernels.so"
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? kv_range, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? row_start, Tensor? row_index, Tensor? col_start, "
-    "Tensor? col_index, Tensor? row_items, Tensor? col_items, int block_size, Tensor? rng_state, float dropout_p, "
-    "float scale, bool causal, bool deterministic"
+    "Tensor q, Tensor k, Tensor v, float? scale, bool causal, bool deterministic, Tensor? kv_range=None, "
+    "float dropout_p=0., Tensor? rng_state=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, Tensor? row_start=None, Tensor? row_index=None, "
+    "Tensor? col_start=None, Tensor? col_index=None, Tensor? row_items=None, Tensor? col_items=None, "
+    "int block_size=0"
 )
 # The schemas of kernels/attention/op.cpp, which a compiled library brings with it.
 SCHEMAS = {
@@ -61,8 +64,9 @@ def _serve_by_reference(backend, reason):
         with torch.autocast(args[0].device.type, enabled=False):  # the dtypes of the arguments rule, as in a kernel
             return tuple(result.contiguous() for result in reference(*args))
 
-    def forward(*args):
+    def forward(*args):  # in schema order: the dispatcher knows no names
         _warn_once(reason)
+        check_qkv(*args[:3], packed=any(cu_seqlens_q is not None for cu_seqlens_q in args[9:10]))
         return contiguous_results(reference_forward, args)
 
     def backward(*args):

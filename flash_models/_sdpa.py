@@ -4,14 +4,12 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ._checks import autocast_dtype
 from ._library import no_kernel_reason
 
 
 def why_not_kernel(query, key, value, mask, position_bias):
     """The reason, as the end of a sentence, why the kernels do not take this call; None if they do."""
-    _, heads, _, head_dim = query.shape
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     if mask is not None:
         return (
             "a 4-D attention mask (given by the caller, or needed for padding with holes, a static cache, or "
@@ -22,11 +20,13 @@ def why_not_kernel(query, key, value, mask, position_bias):
     no_kernel = no_kernel_reason(query.device)
     if no_kernel is not None:
         return f"a missing kernel: {no_kernel}"
-    if dtype not in (torch.bfloat16, torch.float16) and (device, dtype) != ("cpu", torch.float32):
-        return f"the dtype {dtype} on {device} (use bfloat16, float16 or torch.autocast)"
+    dtype = autocast_dtype(query) or query.dtype
+    if dtype not in (torch.bfloat16, torch.float16) and not (dtype == torch.float32 and query.is_cpu):
+        return f"the dtype {dtype} on {query.device.type} (use bfloat16, float16 or torch.autocast)"
+    _, heads, _, head_dim = query.shape
     if head_dim % 8 or head_dim > 128 or value.shape[3] != head_dim:
         return f"the head dim {head_dim} of queries and {value.shape[3]} of values (a multiple of 8 up to 128 for both)"
-    if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
+    if query.stride()[3] != 1 or key.stride()[3] != 1 or value.stride()[3] != 1:
         return "a last dimension of q, k or v that is not contiguous"
     if key.shape[1] != heads:
         return f"grouped heads, {heads} of queries and {key.shape[1]} of keys"

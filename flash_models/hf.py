@@ -99,6 +99,11 @@ def _is_self_attention(module):
     return not (isinstance(module, BertCrossAttention) or vars(module).get("is_cross_attention", False))
 
 
+def _fields(config):
+    """The attributes of a config, around the method that transformers has every look at one go through."""
+    return vars(config) if torch.compiler.is_compiling() else object.__getattribute__(config, "__dict__")
+
+
 def _packed_sequences(kwargs, query, key, is_self_attention):
     """The arguments of the packed call (`DataCollatorWithFlattening(return_flash_attn_kwargs=True)`), or None."""
     cu_seqlens_q = kwargs.get("cu_seq_lens_q")
@@ -169,8 +174,7 @@ def attention_forward(
     if is_causal is None or not is_self_attention:
         is_causal = getattr(module, "is_causal", True)
     layout = None
-    # one look at the fields, because every attribute of a config of transformers takes a Python call
-    fields = vars(config) if is_self_attention and config is not None else ()
+    fields = _fields(config) if is_self_attention and config is not None else ()
     if "rotary_max_wavelength" in fields or "block_sparse" in fields:
         unknown_positions = mask is not None and q_length != k_length
         if is_rotary(config):

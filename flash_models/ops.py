@@ -9,12 +9,10 @@ their gradient are registered here.
 import torch
 
 from . import _library
-from ._checks import check_kv_range, check_layout, check_packed, check_qkv
+from ._checks import autocast_dtype, check_kv_range, check_layout, check_packed, check_qkv
 
 attention_fwd = torch.ops.flash_models.attention_fwd.default
 attention_bwd = torch.ops.flash_models.attention_bwd.default
-
-_DENSE = (None, None, None, None, None, None, 0)  # as `BlockLayout.op_arguments`
 
 
 def attention(
@@ -63,11 +61,35 @@ def attention(
             `cu_seqlens_*` are checked on CPU, and on CUDA if the environment has FLASH_MODELS_STRICT=1 (a device sync);
             otherwise the kernels clamp them.
     """
-    device = q.device
-    if device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type):
-        # scaled_dot_product_attention does the same
-        dtype = torch.get_autocast_dtype(device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    autocast = autocast_dtype(q)
+    if autocast is not None:  # scaled_dot_product_attention does the same
+        q, k, v = q.to(autocast), k.to(autocast), v.to(autocast)
+    options = {}  # of the op, by name: what a plain call does without costs it nothing
+    if not kv_range is cu_seqlens_q is cu_seqlens_k is layout is None:
+        options = _checked_options(q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, layout)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
+    if dropout_p > 0.0:
+        options["dropout_p"] = dropout_p
+        options["rng_state"] = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
+    if scale is not None and scale < 0.0:
+        q, scale = -q, -scale  # the kernels follow the maximum of the unscaled scores
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    if torch.compiler.is_compiling():
+        check_qkv(q, k, v, "cu_seqlens_q" in options)
+        out, lse = attention_fwd(q, k, v, scale, causal, deterministic, **options)
+    else:
+        try:
+            out, lse = _autograd(q, k, v, scale, causal, deterministic, **options)
+        except RuntimeError:  # the op checks its tensors: here in terms of the arguments what did not fit
+            check_qkv(q, k, v, "cu_seqlens_q" in options)
+            raise
+    return (out, lse) if return_lse else out
+
+
+def _checked_options(q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, layout):
+    """The op's arguments, by name, for padding, packed sequences and layouts."""
+    options = {}
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     check_qkv(q, k, v, packed)
     k_lengths = None
@@ -75,89 +97,80 @@ def attention(
         max_seqlen_q, max_seqlen_k, k_lengths = check_packed(
             q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         )
-        batch = cu_seqlens_q.shape[0] - 1
-        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        options |= {"cu_seqlens_q": cu_seqlens_q.contiguous(), "cu_seqlens_k": cu_seqlens_k.contiguous()}
+        options |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     else:
-        batch, max_seqlen_q, max_seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+        max_seqlen_q, max_seqlen_k = q.shape[1], k.shape[1]
     if kv_range is not None:
-        check_kv_range(kv_range, batch, device, max_seqlen_k, k_lengths)
-        kv_range = kv_range.contiguous()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale < 0.0:
-        q, scale = -q, -scale  # the kernels follow the maximum of the unscaled scores
-    blocks = _DENSE
+        batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
+        check_kv_range(kv_range, batch, q.device, max_seqlen_k, k_lengths)
+        options["kv_range"] = kv_range.contiguous()
     if layout is not None:
-        check_layout(layout, q.shape[-2], max_seqlen_q, max_seqlen_k, device)
-        blocks = layout.op_arguments()
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
-    rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device) if dropout_p > 0.0 else None
-    # Eager calls go straight to what the dispatcher would call back into Python for, which saves 3 us.
-    run = attention_fwd if torch.compiler.is_compiling() else _autograd
-    out, lse = run(
-        q,
-        k,
-        v,
-        kv_range,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        *blocks,
-        rng_state,
-        dropout_p,
-        scale,
-        causal,
-        deterministic or torch.are_deterministic_algorithms_enabled(),
-    )
-    return (out, lse) if return_lse else out
+        check_layout(layout, q.shape[-2], max_seqlen_q, max_seqlen_k, q.device)
+        options |= layout.op_arguments()
+    return options
 
 
 @torch.library.register_fake("flash_models::attention_fwd")
-def _(q, k, v, kv_range, cu_seqlens_q, *rest):
+def _(q, k, v, scale, causal, deterministic, kv_range=None, dropout_p=0.0, rng_state=None, cu_seqlens_q=None, *_, **__):
+    check_qkv(q, k, v, cu_seqlens_q is not None)
     lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("flash_models::attention_bwd")
-def _(dout, out, lse, q, k, v, *rest):
+def _(dout, out, lse, q, k, v, *_, **__):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, options):
+    def forward(ctx, q, k, v, settings, options):
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = attention_fwd(q, k, v, *options)
+            out, lse = attention_fwd(q, k, v, *settings, **options)
         ctx.mark_non_differentiable(lse)
-        kv_range, cu_seqlens_q, cu_seqlens_k, _, _, *lists, _, rng_state = options[:13]
-        ctx.save_for_backward(out, lse, q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, *lists, rng_state)
-        ctx.max_seqlens, ctx.block_size, ctx.settings = options[3:5], options[11], options[13:]
+        ctx.set_materialize_grads(False)  # or every backward pass fills a gradient of lse with zeros
+        tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
+        ctx.save_for_backward(out, lse, q, k, v, *tensors.values())
+        ctx.settings, ctx.options = settings, {**options, **dict.fromkeys(tensors)}
         return out, lse
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, _):
+        if dout is None:
+            return (None,) * 5
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "flash_models.attention has no second derivative, which create_graph=True asks for: use "
                 "scaled_dot_product_attention with torch.nn.attention.SDPBackend.MATH"
             )
-        out, lse, q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, *lists, rng_state = ctx.saved_tensors
+        out, lse, q, k, v, *tensors = ctx.saved_tensors
         if dout.stride(-1) != 1 or 0 in dout.stride():  # such as the gradient of out.sum()
             dout = dout.contiguous()
-        options = kv_range, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens, *lists, ctx.block_size, rng_state
-        return *attention_bwd(dout, out, lse, q, k, v, *options, *ctx.settings), None
+        names = (name for name, value in ctx.options.items() if value is None)
+        options = {**ctx.options, **dict(zip(names, tensors, strict=True))}
+        return *attention_bwd(dout, out, lse, q, k, v, *ctx.settings, **options), None, None
 
 
-def _autograd(q, k, v, *options):
-    """What the dispatcher runs for `attention_fwd` before the kernel of a backend.
+def _autograd(q, k, v, scale, causal, deterministic, **options):
+    """What runs for `attention_fwd` before the kernel of a backend.
 
     torch.library.register_autograd would do, but takes 0.2 ms for an op of 18 arguments, longer than small kernels.
     """
+    settings = scale, causal, deterministic
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, options)
+        return _Attention.apply(q, k, v, settings, options)
     with torch._C._AutoDispatchBelowAutograd():
-        return attention_fwd(q, k, v, *options)
+        return attention_fwd(q, k, v, *settings, **options)
 
 
-_library.fragment.impl("attention_fwd", _autograd, "Autograd")
+_OPTIONS = [argument.name for argument in attention_fwd._schema.arguments[6:]]
+
+
+def _dispatched(q, k, v, scale, causal, deterministic, *options):
+    """`_autograd` as the dispatcher calls it, which knows the options by their place."""
+    given = {name: value for name, value in zip(_OPTIONS, options, strict=False) if value is not None}
+    return _autograd(q, k, v, scale, causal, deterministic, **given)
+
+
+_library.fragment.impl("attention_fwd", _dispatched, "Autograd")

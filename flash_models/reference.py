@@ -121,6 +121,10 @@ def _forward(q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, blocks, block_size, 
     return out, torch.cat([*lses, q.new_zeros(q.shape[1], unowned)], -1)
 
 
+def _scale(q, scale):
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
 def attention_reference(
     q,
     k,
@@ -144,7 +148,7 @@ def attention_reference(
     iff j <= i + Sk - Sq. `kv_range` (B, 2): first and one-past-last valid key. `rng_state`: see `dropout_mask`;
     dropout acts on the normalised probabilities. `layout` (BlockLayout): hides what lies in no listed block.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(q, scale)
     blocks = None if layout is None else layout.to_dense()
     block_size = 0 if layout is None else layout.block_size
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -162,12 +166,13 @@ def _blocks_of_lists(row_start, row_index, col_start):
 
 
 def reference_forward(
-    q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index, col_start,
-    col_index, row_items, col_items, block_size, rng_state, dropout_p, scale, causal, deterministic,
+    q, k, v, scale, causal, deterministic, kv_range=None, dropout_p=0.0, rng_state=None, cu_seqlens_q=None,
+    cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, row_start=None, row_index=None, col_start=None, col_index=None,
+    row_items=None, col_items=None, block_size=0,
 ):  # fmt: skip
     """`attention_fwd`: (out in q's dtype, lse), computed in float32, or in float64 if q is."""
     blocks = _blocks_of_lists(row_start, row_index, col_start)
-    wide = _compute_dtype(q)
+    wide, scale = _compute_dtype(q), _scale(q, scale)
     out, lse = _forward(
         q.to(wide), k.to(wide), v.to(wide), kv_range, cu_seqlens_q, cu_seqlens_k, blocks, block_size, rng_state,
         dropout_p, scale, causal,
@@ -176,8 +181,9 @@ def reference_forward(
 
 
 def reference_backward(
-    dout, out, lse, q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, row_start, row_index,
-    col_start, col_index, row_items, col_items, block_size, rng_state, dropout_p, scale, causal, deterministic,
+    dout, out, lse, q, k, v, scale, causal, deterministic, kv_range=None, dropout_p=0.0, rng_state=None,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, row_start=None, row_index=None,
+    col_start=None, col_index=None, row_items=None, col_items=None, block_size=0,
 ):  # fmt: skip
     """`attention_bwd`: (dq, dk, dv) in the dtypes of q, k, v.
 
@@ -185,7 +191,7 @@ def reference_backward(
     dq = scale ds k, dk = scale ds^T q.
     """
     blocks = _blocks_of_lists(row_start, row_index, col_start)
-    wide = _compute_dtype(q)
+    wide, scale = _compute_dtype(q), _scale(q, scale)
     inputs = (q, k, v)
     q, k, v, dout, out = (x.to(wide) for x in (q, k, v, dout, out))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,11 +33,18 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
-inline Tensor empty_on(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+// torch::stable::new_empty for 2.9, which calls the operator; the one for 2.10 looks it up by its name every time.
+inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), static_cast<int64_t>(shape.size()),
+                                                          &type, nullptr, &device, like.get_device_index(), nullptr,
+                                                          &made));
+  return Tensor(made);
 }
 
-inline Tensor zeros_on(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+inline Tensor zeros_on(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::new_zeros(like, shape, dtype);
 }
 

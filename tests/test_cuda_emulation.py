@@ -138,8 +138,8 @@ def test_kernels_match_reference(emulated, case, head_dim, dtype):
         blocks = (layout.row_start, layout.row_index, layout.col_start, layout.col_index, *items, block_size)
     rng_state = torch.tensor([2**60 + 7, 3]) if dropout_p else None
     scale = head_dim**-0.5
-    arguments = (kv_range, *(cu or (None, None)), seqlen_q, seqlen_k, *blocks, rng_state, dropout_p, scale)
-    arguments += (causal, deterministic)
+    arguments = (scale, causal, deterministic, kv_range, dropout_p, rng_state)
+    arguments += (*(cu or (None, None)), seqlen_q, seqlen_k, *blocks)
 
     out, lse = emulated.attention_fwd(q, k, v, *arguments)
     gradients = emulated.attention_bwd(dout, out, lse, q, k, v, *arguments)

@@ -38,6 +38,21 @@ def test_logits_and_every_gradient(device, name, padded, monkeypatch):
     assert_all_same(*results)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_of_padding_alone(device, name, strict):
+    """Such a row gives finite numbers, and neither outputs nor gradients of the others notice it."""
+    ids, mask = token_ids(device), padding("right", device)
+    results = []
+    for model, rows in zip(triplet(MODELS[name](), device), (3, 2, 2), strict=True):
+        visible = mask[:rows] if rows == 2 else torch.cat([mask[:2], torch.zeros_like(mask[2:])])
+        logits = model(ids[:rows], attention_mask=visible).logits
+        assert logits.isfinite().all()
+        logits = logits[:2] * mask[:2, :, None]
+        (logits.float().square().sum() / mask[:2].sum()).backward()
+        results.append({"logits": logits, **{key: weight.grad for key, weight in model.named_parameters()}})
+    assert_all_same(*results)
+
+
 def test_queries_keys_and_values_are_read_in_place(device, monkeypatch, strict):
     """No copy on the way in: the op sees views of what the projections wrote."""
     seen = []

@@ -56,10 +56,10 @@ def assert_all_close(results, expected):
 
 
 def op_arguments(tensors, options):
-    """What `attention` passes to the op."""
+    """What `attention` passes to the op: positional arguments and a dict of others."""
     passed = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_autograd", lambda *args: passed.append(args) or (None, None))
+        patch.setattr(ops, "_autograd", lambda *args, **others: passed.append((args, others)) or (None, None))
         attention(*tensors, **options)
     return passed[0]
 
@@ -75,12 +75,12 @@ def test_opcheck(packed, options, device):
             options["kv_range"] = int32([[0, 90], [20, 130]], device)
     else:
         tensors = leaves(device)
-    args = op_arguments(tensors, options)
-    torch.library.opcheck(ops.attention_fwd, args, atol=2e-2, rtol=2e-2)
+    args, others = op_arguments(tensors, options)
+    torch.library.opcheck(ops.attention_fwd, args, others, atol=2e-2, rtol=2e-2)
     with torch.no_grad():
-        out, lse = ops.attention_fwd(*args)
+        out, lse = ops.attention_fwd(*args, **others)
         args = (torch.randn_like(out), out, lse, *(t.detach() for t in args[:3]), *args[3:])
-        torch.library.opcheck(ops.attention_bwd, args, atol=2e-2, rtol=2e-2)
+        torch.library.opcheck(ops.attention_bwd, args, others, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -186,6 +186,23 @@ def test_lse_has_no_gradient(device):
     assert out.requires_grad and not lse.requires_grad
 
 
+def test_no_gradient_arrives(device):
+    """What comes after attention may give its input no gradient; then the inputs of attention have none either."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    tensors = leaves(device)
+    (Stop.apply(attention(*tensors)).sum() + tensors[0].sum()).backward()
+    assert (tensors[0].grad == 1).all() and tensors[1].grad is None and tensors[2].grad is None
+
+
 def test_second_derivative_is_refused(device):
     tensors = leaves(device)
     with pytest.raises(NotImplementedError, match="no second derivative"):
@@ -212,11 +229,10 @@ def test_autocast_casts_as_sdpa_does(device):
 
 
 def test_deterministic_mode_of_torch(device, monkeypatch):
-    passed = []
-    monkeypatch.setattr(ops, "_autograd", lambda *args: passed.append(args[-1]) or (None, None))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    attention(*leaves(device))
-    assert passed == [True]
+    args, _ = op_arguments(leaves(device), {})
+    names = [argument.name for argument in ops.attention_fwd._schema.arguments]
+    assert args[names.index("deterministic")] is True
 
 
 def test_cuda_graph(device, options):

@@ -101,12 +101,10 @@ def test_dropout_keeps_the_mean(device):
 
 
 def op_arguments(q, k, v, *, kv_range=None, cu_seqlens=None, layout=None, rng_state=None, dropout_p=0.0, causal=False):
-    blocks = (None,) * 6 + (0,) if layout is None else layout.op_arguments()
+    blocks = () if layout is None else layout.op_arguments().values()
     length = q.shape[0 if cu_seqlens is not None else 1]
-    scale = q.shape[-1] ** -0.5
     return (
-        q, k, v, kv_range, cu_seqlens, cu_seqlens, length, length, *blocks, rng_state, dropout_p, scale,
-        causal, False,
+        q, k, v, None, causal, False, kv_range, dropout_p, rng_state, cu_seqlens, cu_seqlens, length, length, *blocks,
     )  # fmt: skip
 
 

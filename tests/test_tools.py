@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from flash_models import DataCollatorForPackedMaskedLM, FlashBertConfig, FlashBertForMaskedLM, patch, unpatch
+from flash_models import DataCollatorForPackedMaskedLM, FlashBertConfig, FlashBertForMaskedLM, hf, patch, unpatch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +51,8 @@ def test_encoders_of_other_families_use_the_kernels_by_name(name, device, strict
     assert_same(*(m(ids, attention_mask=mask).last_hidden_state * mask[..., None] for m in (other, plain, truth)))
 
 
-def test_a_decoder_with_grouped_heads_falls_back_by_name(recwarn):
+def test_a_decoder_with_grouped_heads_falls_back_by_name(recwarn, monkeypatch):
+    monkeypatch.setattr(hf, "_warned", set())
     truth = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_attention_heads": 4}, num_key_value_heads=2, vocab_size=97))
     other = copy.deepcopy(truth.eval())
     other.set_attn_implementation("io_aware")
@@ -61,6 +62,8 @@ def test_a_decoder_with_grouped_heads_falls_back_by_name(recwarn):
     )
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(other.generate(ids, **options), truth.generate(ids, **options))
+    said = [str(warning.message) for warning in recwarn if "flash_models uses PyTorch" in str(warning.message)]
+    assert len(said) == 1 and "grouped heads, 4 of queries and 2 of keys" in said[0]
 
 
 # PEFT
