@@ -100,15 +100,16 @@ class BlockLayout:
 
     def op_arguments(self):
         """The layout as the ops take it, by name."""
-        return {
+        arguments = {
             "row_start": self.row_start,
             "row_index": self.row_index,
             "col_start": self.col_start,
             "col_index": self.col_index,
-            "row_items": self.row_items,
-            "col_items": self.col_items,
             "block_size": self.block_size,
         }
+        if self.row_items is not None:
+            arguments |= {"row_items": self.row_items, "col_items": self.col_items}
+        return arguments
 
     def plot(self, path):
         """Draw the pattern, heads that differ side by side, into the image file `path`. Needs matplotlib."""

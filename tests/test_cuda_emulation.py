@@ -164,3 +164,17 @@ def test_kernels_match_reference(emulated, case, head_dim, dtype):
         # Rounding P, dS and the result to 16 bits: each a relative eps / 2 of terms that add up like a random walk.
         error = (got.double() - want).norm() / (want.norm() + want.numel() ** 0.5 * 0.1)
         assert error < 2 * eps, f"{name}: relative error {error:.2e}, expected below {2 * eps:.2e}"
+
+
+def test_packed_sequences_do_not_touch(emulated):
+    """Also where a neighbour in memory is NaN, which a tile of queries or keys holds too."""
+    lengths = torch.tensor([0, 50, 120, 153], dtype=torch.int32)
+    q, k, v = (torch.randn(170, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    for t in (q, k, v):
+        t[50:120] = torch.nan
+        t[153:] = torch.nan
+    arguments = (0.125, False, False, None, 0.0, None, lengths, lengths, 70, 70)
+    out, lse = emulated.attention_fwd(q, k, v, *arguments)
+    for result in (out, *emulated.attention_bwd(torch.ones_like(out), out, lse, q, k, v, *arguments)):
+        assert result[:50].isfinite().all() and result[120:153].isfinite().all()
+        assert not result[153:].any()

@@ -101,7 +101,9 @@ def test_dropout_keeps_the_mean(device):
 
 
 def op_arguments(q, k, v, *, kv_range=None, cu_seqlens=None, layout=None, rng_state=None, dropout_p=0.0, causal=False):
-    blocks = () if layout is None else layout.op_arguments().values()
+    blocks = ()
+    if layout is not None:
+        blocks = (layout.row_start, layout.row_index, layout.col_start, layout.col_index, None, None, layout.block_size)
     length = q.shape[0 if cu_seqlens is not None else 1]
     return (
         q, k, v, None, causal, False, kv_range, dropout_p, rng_state, cu_seqlens, cu_seqlens, length, length, *blocks,

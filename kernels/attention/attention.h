@@ -74,6 +74,7 @@ struct AttentionGradients {
   float* delta = nullptr;   // scratch, BackwardScratch::rows floats: rowsum(dout * out)
   float* shift = nullptr;   // the same: lse in the form that the CUDA kernels subtract
   float* dq_sum = nullptr;  // scratch, zeroed, BackwardScratch::dq_sum floats; nullptr when that is 0
+  int32_t* ticket = nullptr;  // 0 at the start: the next key tile of a CTA
 };
 
 // One sequence of the batch, as both backends see it.
@@ -107,9 +108,9 @@ int64_t forward_scratch_cpu(const AttentionProblem& p);
 int64_t forward_scratch_cuda(const AttentionProblem& p);
 
 // Floats of scratch that a backward pass needs: a value a row, twice; what dq is added up in across CTAs, which is
-// nothing on the CPU and in deterministic mode; and partial dk and dv.
+// nothing on the CPU and in deterministic mode; the counter of work items; and partial dk and dv.
 struct BackwardScratch {
-  int64_t rows, dq_sum, partial;
+  int64_t rows, dq_sum, tickets, partial;
 };
 BackwardScratch backward_scratch_cpu(const AttentionProblem& p);
 BackwardScratch backward_scratch_cuda(const AttentionProblem& p);

@@ -20,7 +20,7 @@
 namespace flash_models {
 namespace {
 
-constexpr int kTile = kRowTile, kThreads = 128;
+constexpr int kTile = 64, kThreads = 128;
 
 template <typename T, int kDim_>
 struct BackwardTiles {

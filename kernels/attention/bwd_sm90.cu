@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Backward pass for Hopper (sm_90a; arXiv 2205.14135, Algorithm 4), after bwd_rows.cu two launches:
-//   1. One CTA a tile of 64 * kWarpgroups keys walks the query tiles that see it; one warp is the producer, and a
-//      consumer warpgroup owns 64 keys. Scores are computed transposed, so that P^T and dS^T lie in registers as the A
-//      operands of the products that follow; dS^T alone also goes to shared memory, where dQ needs it from all keys:
+//   1. A CTA takes tiles of 64 * kWarpgroups keys, one after the other, and walks the query tiles that see them; one
+//   warp
+//      is the producer, and a consumer warpgroup owns 64 keys. Scores are computed transposed, so that P^T and dS^T lie
+//      in registers as the A operands of the products that follow; dS^T alone also goes to shared memory, where dQ
+//      needs it from all keys:
 //        S^T  = K Q^T        P^T  = exp2(scale log2(e) S^T - shift)      dV += P^T dO
 //        dP^T = V dO^T       dS^T = P^T * (dP^T - delta)                 dK += scale dS^T Q      dQ += scale dS K
 //   2. The fp32 sum of dQ, added up by the copy engine, is scaled and rounded. In deterministic mode 1. leaves dQ to
@@ -15,10 +17,12 @@
 //   tensor cores   S^T, dQ of the last tile | dP^T          |      | dV, dK             | S^T, dQ ...
 //   other units                             | store dQ, P^T | dS^T | store dS^T, add dQ |
 //
-//   shared memory   K | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ]
+//   shared memory   K | V [kKeyStages][kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ]
 //                   dQ of each warp [16 x kDqDim] | shift | delta
 //   registers       S^T, dP^T 64 x kTileQ, dK, dV 64 x kDim, dQ 64 x kDqDim, fp32, per warpgroup
 //   barriers        full, empty: as in fwd_sm90.cu; ds_full: all consumers have written dS^T
+#include <algorithm>
+
 #include "dispatch.cuh"
 #include "dropout.cuh"
 #include "hopper/tile.cuh"
@@ -27,6 +31,7 @@
 #include "ring.cuh"
 #include "row_tiles.cuh"
 #include "softmax.cuh"
+#include "tickets.cuh"
 
 namespace flash_models {
 namespace {
@@ -35,6 +40,7 @@ template <int kDim_, int kWarpgroups_, int kTileQ_>
 struct BackwardConfig {
   static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileQ = kTileQ_, kTileK = 64 * kWarpgroups;
   static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kKeyStages = kDim <= 64 ? 2 : 1;  // 2: the next tile's K and V come during this one
   static constexpr int kCtasPerSm = kWarpgroups == 1 ? 2 : 1;
   // A warpgroup's share of dQ: 64 of a tile's queries, or, where a tile has only 64, some of the columns.
   static constexpr int kDqDim = kTileQ == kTileK ? kDim : kDim / kWarpgroups;
@@ -51,93 +57,128 @@ struct BackwardShared {
   using Key = PanelTile<T, Config::kTileK, Config::kDim>;
   using Query = PanelTile<T, kTileQ, Config::kDim>;
   using Scores = PanelTile<T, Config::kTileK, kTileQ>;
-  static constexpr int kScores = 2 * Key::kBytes + 2 * kStages * Query::kBytes, kDq = kScores + 2 * Scores::kBytes;
-  static constexpr int kWarpDqBytes = 16 * Config::kDqDim * 4, kTiles = kDq + 4 * Config::kWarpgroups * kWarpDqBytes;
-  static constexpr int kRows = kTiles + 2 * kStages * kTileQ * 4, kBytes = kRows + 8 * (4 + 4 * kStages);
+  static constexpr int kQueries = 2 * Config::kKeyStages * Key::kBytes,
+                       kScores = kQueries + 2 * kStages * Query::kBytes;
+  static constexpr int kDq = kScores + 2 * Scores::kBytes, kWarpDqBytes = 16 * Config::kDqDim * 4;
+  static constexpr int kRows = kDq + 4 * Config::kWarpgroups * kWarpDqBytes;
+  static constexpr int kBarriers = kRows + 2 * kStages * kTileQ * 4;
+  static constexpr int kNotes = kBarriers + 8 * (3 + 4 * kStages + 2 * Config::kKeyStages + 1);
+  static constexpr int kBytes = kNotes + Config::kKeyStages * sizeof(TileNote) + 4 * kStages;
   uint32_t base;
 
-  __device__ __forceinline__ Key k() const { return {base}; }
-  __device__ __forceinline__ Key v() const { return {base + Key::kBytes}; }
-  __device__ __forceinline__ Query q(int stage) const { return {base + 2 * Key::kBytes + stage * Query::kBytes}; }
+  __device__ __forceinline__ Key k(int stage) const { return {base + stage * Key::kBytes}; }
+  __device__ __forceinline__ Key v(int stage) const { return k(Config::kKeyStages + stage); }
+  __device__ __forceinline__ Query q(int stage) const { return {base + kQueries + stage * Query::kBytes}; }
   __device__ __forceinline__ Query dout(int stage) const { return q(kStages + stage); }
   __device__ __forceinline__ Scores ds(int buffer) const { return {base + kScores + buffer * Scores::kBytes}; }
   __device__ __forceinline__ uint32_t dq(int warp) const { return base + kDq + warp * kWarpDqBytes; }
-  __device__ __forceinline__ uint32_t shift(int stage) const { return base + kTiles + stage * kTileQ * 4; }
+  __device__ __forceinline__ uint32_t shift(int stage) const { return base + kRows + stage * kTileQ * 4; }
   __device__ __forceinline__ uint32_t delta(int stage) const { return shift(kStages + stage); }
 
-  __device__ __forceinline__ uint32_t kv_full() const { return base + kRows; }
-  __device__ __forceinline__ uint32_t raw() const { return base + kRows + 8; }
-  __device__ __forceinline__ uint32_t ds_full(int buffer) const { return base + kRows + 16 + 8 * buffer; }
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return base + kRows + 32 + 8 * stage; }
+  __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
+  __device__ __forceinline__ uint32_t ds_full(int buffer) const { return base + kBarriers + 8 + 8 * buffer; }
+  __device__ __forceinline__ uint32_t q_full(int stage) const { return base + kBarriers + 24 + 8 * stage; }
   __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kStages + stage); }
   __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_full(2 * kStages + stage); }
   __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kStages + stage); }
+  __device__ __forceinline__ uint32_t kv_full(int stage) const { return q_full(4 * kStages + stage); }
+  __device__ __forceinline__ uint32_t kv_empty(int stage) const { return kv_full(Config::kKeyStages + stage); }
+
+  __device__ __forceinline__ TileNote* note(int stage) const {
+    return static_cast<TileNote*>(__cvta_shared_to_generic(base + kNotes)) + stage;
+  }
+  // The first query of a tile, plus 1 if it is the last one that these keys visit.
+  __device__ __forceinline__ int* first_query(int stage) const {
+    return reinterpret_cast<int*>(note(Config::kKeyStages)) + stage;
+  }
 
   __device__ __forceinline__ void init_barriers() const {
-    ptx::mbarrier_init(kv_full(), 2);  // K and V
+    constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
     ptx::mbarrier_init(raw(), 1);
-    for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), 4 * Config::kWarpgroups);
+    for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), kConsumerWarps);
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(q_full(stage), 2);  // Q; shift and delta
       ptx::mbarrier_init(dout_full(stage), 1);
-      ptx::mbarrier_init(q_empty(stage), 4 * Config::kWarpgroups);
-      ptx::mbarrier_init(dout_empty(stage), 4 * Config::kWarpgroups);
+      ptx::mbarrier_init(q_empty(stage), kConsumerWarps);
+      ptx::mbarrier_init(dout_empty(stage), kConsumerWarps);
+    }
+    for (int stage = 0; stage < Config::kKeyStages; ++stage) {
+      ptx::mbarrier_init(kv_full(stage), 2);  // K and V
+      ptx::mbarrier_init(kv_empty(stage), kConsumerWarps);
     }
     ptx::mbarrier_init_fence();
   }
 };
 
-// The key tile of this CTA, as producer and consumers both derive it. The first keys have most work: under a causal
-// mask, and as the global tokens of many layouts.
+// The keys of one tile, as producer and consumers both derive them.
 template <typename Config>
 struct KeyTile {
-  const ListedWork work;
-  const Place place;
   const Sequence s;
   const int k0;
   const Visible visible;
-  const Tiles walk;
 
-  __device__ __forceinline__ KeyTile(const AttentionProblem& p, int key_tiles)
-      : work(p.columns.start == nullptr ? ListedWork()
-                                        : ListedWork(p, p.columns, p.column_items, key_tiles, blockIdx.x)),
-        place(p.columns.start == nullptr ? Place(p, blockIdx.x, key_tiles, false) : work.place),
-        s(sequence_of(p, place.batch)),
-        k0(place.tile * Config::kTileK),
-        visible(p, s),
-        walk(query_tiles(p, s, visible, work.piece, k0, Config::kTileK, Config::kTileQ)) {}
+  __device__ __forceinline__ KeyTile(const AttentionProblem& p, int tile, int batch)
+      : s(sequence_of(p, batch)), k0(tile * Config::kTileK), visible(p, s) {}
+};
 
-  __device__ __forceinline__ bool exists() const { return k0 >= 0 && k0 < s.k_len; }
+// The list of key tiles. The first keys have most work: under a causal mask, and as the global tokens of many layouts.
+struct Schedule {
+  int key_tiles, count;
+
+  __device__ __forceinline__ ListedWork work(const AttentionProblem& p, int number) const {
+    if (p.columns.start != nullptr) return {p, p.columns, p.column_items, key_tiles, number};
+    ListedWork whole;
+    whole.place = Place(p, number, key_tiles, false);
+    return whole;
+  }
 };
 
 template <typename T, typename Config>
 __device__ __forceinline__ void produce(const AttentionProblem& p, const AttentionGradients& g,
-                                        const BackwardMaps& maps, int key_tiles) {
-  const KeyTile<Config> tile(p, key_tiles);
+                                        const BackwardMaps& maps, const Schedule& schedule) {
   constexpr int kTileQ = Config::kTileQ;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
-  const int head = tile.place.head, batch = p.cu_seqlens_q != nullptr ? 0 : tile.place.batch;
-  const int q_len = static_cast<int>(tile.s.q_len), q_begin = static_cast<int>(tile.s.q_begin);
-  const int key = static_cast<int>(tile.s.k_begin) + tile.k0;
-  const int lo = tile.visible.lo - tile.k0, hi = tile.visible.hi - tile.k0;
-  const int64_t rows = padded_row(p, tile.s, tile.place.batch, head);
   Producer producer{shared.raw()};
-  producer.load(shared.k(), maps.k, shared.kv_full(), key, head, batch, lo, hi);
-  producer.load(shared.v(), maps.v, shared.kv_full(), key, head, batch, lo, hi);
-
   Ring<Config::kStages> ring;
-  for (int position = tile.walk.next(0); position < tile.walk.count;
-       position = tile.walk.next(position + 1), ring.advance()) {
-    const int q0 = tile.walk.tile(position) * kTileQ, stage = ring.stage;
-    ptx::mbarrier_wait(shared.q_empty(stage), ring.parity ^ 1);
-    if (producer.leader) {
-      ptx::mbarrier_arrive_expect(shared.q_full(stage), 2 * 4 * kTileQ);
-      ptx::bulk_load(shared.shift(stage), g.shift + rows + q0, 4 * kTileQ, shared.q_full(stage));
-      ptx::bulk_load(shared.delta(stage), g.delta + rows + q0, 4 * kTileQ, shared.q_full(stage));
+  Ring<Config::kKeyStages> keys;
+  for (int number; (number = take_ticket(g.ticket)) < schedule.count;) {
+    const ListedWork work = schedule.work(p, number);
+    const KeyTile<Config> tile(p, work.place.tile, work.place.batch);
+    if (work.place.tile < 0 || tile.k0 >= tile.s.k_len) continue;
+    const int head = work.place.head, batch = p.cu_seqlens_q != nullptr ? 0 : work.place.batch;
+    const int q_len = static_cast<int>(tile.s.q_len), q_begin = static_cast<int>(tile.s.q_begin);
+    const int key = static_cast<int>(tile.s.k_begin) + tile.k0;
+    const int lo = tile.visible.lo - tile.k0, hi = tile.visible.hi - tile.k0;
+    const int64_t rows = padded_row(p, tile.s, work.place.batch, head);
+    const Tiles walk = query_tiles(p, tile.s, tile.visible, work.piece, tile.k0, Config::kTileK, kTileQ);
+    int position = walk.next(0);
+
+    ptx::mbarrier_wait(shared.kv_empty(keys.stage), keys.parity ^ 1);
+    if (producer.leader)
+      *shared.note(keys.stage) = {work.place.tile, head, work.place.batch,
+                                  2 * static_cast<int>(work.slot) + (position < walk.count)};
+    producer.load(shared.k(keys.stage), maps.k, shared.kv_full(keys.stage), key, head, batch, lo, hi);
+    producer.load(shared.v(keys.stage), maps.v, shared.kv_full(keys.stage), key, head, batch, lo, hi);
+    keys.advance();
+    for (; position < walk.count; ring.advance()) {
+      const int q0 = walk.tile(position) * kTileQ, stage = ring.stage;
+      position = walk.next(position + 1);
+      ptx::mbarrier_wait(shared.q_empty(stage), ring.parity ^ 1);
+      if (producer.leader) {
+        *shared.first_query(stage) = q0 + (position >= walk.count);
+        ptx::mbarrier_arrive_expect(shared.q_full(stage), 2 * 4 * kTileQ);
+        ptx::bulk_load(shared.shift(stage), g.shift + rows + q0, 4 * kTileQ, shared.q_full(stage));
+        ptx::bulk_load(shared.delta(stage), g.delta + rows + q0, 4 * kTileQ, shared.q_full(stage));
+      }
+      producer.load(shared.q(stage), maps.q, shared.q_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
+      ptx::mbarrier_wait(shared.dout_empty(stage), ring.parity ^ 1);
+      producer.load(shared.dout(stage), maps.dout, shared.dout_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
     }
-    producer.load(shared.q(stage), maps.q, shared.q_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
-    ptx::mbarrier_wait(shared.dout_empty(stage), ring.parity ^ 1);
-    producer.load(shared.dout(stage), maps.dout, shared.dout_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
+  }
+  ptx::mbarrier_wait(shared.kv_empty(keys.stage), keys.parity ^ 1);
+  if (producer.leader) {
+    *shared.note(keys.stage) = TileNote::end();
+    for (int arrivals = 0; arrivals < 2; ++arrivals) ptx::mbarrier_arrive(shared.kv_full(keys.stage));
   }
 }
 
@@ -159,13 +200,11 @@ __device__ __forceinline__ void mask_transposed(float (&s)[1][kN][4], const Visi
 }
 
 template <typename T, typename Config, bool kDropout>
-__device__ __forceinline__ void consume(const AttentionProblem& p, const AttentionGradients& g, int key_tiles) {
+__device__ __forceinline__ void consume(const AttentionProblem& p, const AttentionGradients& g) {
   constexpr int kDim = Config::kDim, kTileQ = Config::kTileQ, kDqDim = Config::kDqDim, kN = kTileQ / 8;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
-  const KeyTile<Config> tile(p, key_tiles);
   const Lane lane{ptx::lane_id()};
   const int warpgroup = warpgroup_of_thread() - 1, warp = threadIdx.x % 128 / 32, row0 = 64 * warpgroup + 16 * warp;
-  const int k0 = tile.k0 + row0, q_len = static_cast<int>(tile.s.q_len), head = tile.place.head;
   // This warpgroup's share of the dQ of a query tile.
   const int query0 = kTileQ == Config::kTileK ? 64 * warpgroup : 0, dim0 = kDqDim == kDim ? 0 : kDqDim * warpgroup;
   const float scale_log2 = p.scale * kLog2e;
@@ -173,25 +212,17 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     return *static_cast<const float2*>(__cvta_shared_to_generic(rows + 4 * (8 * n + lane.col)));
   };
 
-  float* dq_sum =
-      dq_tile(p, g.dq_sum, tile.s, tile.place.batch, head, query0, kDim) + (4 * dim0 / kDqDim + warp) * 16 * kDqDim;
-
   float dk[1][kDim / 8][4], dv[1][kDim / 8][4];
-  clear(dk);
-  clear(dv);
   Ring<Config::kStages> ring;
+  Ring<Config::kKeyStages> keys;
   Ring<2> written;  // dS^T of the last tile
-
+  int buffer = 0;
   KeepTransposed<2, kN> keep;
-  const Dropout dropout(p, tile.place.batch * p.heads + head);
-  auto draw = [&](int position) {
-    if constexpr (kDropout)
-      if (position < tile.walk.count) keep.draw(dropout, tile.walk.tile(position) * kTileQ, k0, lane);
-  };
+
   auto multiply_dq = [&](auto& dq, bool first) {
     if (!first) ptx::mbarrier_wait(shared.ds_full(written.stage), written.parity);
     ptx::wgmma_fence();
-    multiply_transposed<T>(dq, shared.ds(written.stage), query0, shared.k(), dim0);
+    multiply_transposed<T>(dq, shared.ds(written.stage), query0, shared.k(keys.stage), dim0);
     ptx::wgmma_commit();
     if (!first) written.advance();
   };
@@ -204,125 +235,144 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       *static_cast<float4*>(__cvta_shared_to_generic(dq_shared + 512 * n + 16 * lane.id)) = {dq[0][n][0], dq[0][n][1],
                                                                                              dq[0][n][2], dq[0][n][3]};
   };
-  auto add_dq = [&](int q0) {  // after a fence
-    if (g.dq_sum != nullptr && q0 + query0 < q_len)
-      ptx::bulk_add_warp(dq_sum + int64_t{q0} * kDim, dq_shared, BackwardShared<T, Config>::kWarpDqBytes);
-  };
 
-  int buffer = 0, last_q0 = q_len;  // no tile yet
-  int position = tile.walk.next(0);
-  bool first = true;
-  draw(position);
-  ptx::mbarrier_wait(shared.kv_full(), 0);
-  while (position < tile.walk.count) {
-    const int q0 = tile.walk.tile(position) * kTileQ, stage = ring.stage;
-    float scores[1][kN][4], dp[1][kN][4], dq[1][kDqDim / 8][4];
-    ptx::mbarrier_wait(shared.q_full(stage), ring.parity);
-    ptx::wgmma_fence();
-    multiply_rows<T>(scores, shared.k(), 64 * warpgroup, shared.q(stage));
-    ptx::wgmma_commit();
-    multiply_dq(dq, first);
-    ptx::wgmma_wait<0>();
-    store_dq(dq);
-    ptx::mbarrier_wait(shared.dout_full(stage), ring.parity);
-    ptx::wgmma_fence();
-    multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(stage));
-    ptx::wgmma_commit();
-    if (!tile.visible.all(q0, k0, 16) || q0 + kTileQ > q_len)
-      mask_transposed(scores, tile.visible, q_len, q0, k0, lane);
+  while (true) {
+    ptx::mbarrier_wait(shared.kv_full(keys.stage), keys.parity);
+    const TileNote note = *shared.note(keys.stage);
+    if (note.last()) break;
+    const KeyTile<Config> tile(p, note.tile, note.batch);
+    const int k0 = tile.k0 + row0, q_len = static_cast<int>(tile.s.q_len);
+    const Dropout dropout(p, note.batch * p.heads + note.head);
+    float* dq_sum =
+        dq_tile(p, g.dq_sum, tile.s, note.batch, note.head, query0, kDim) + (4 * dim0 / kDqDim + warp) * 16 * kDqDim;
+    auto add_dq = [&](int q0) {  // after a fence
+      if (g.dq_sum != nullptr && q0 + query0 < q_len)
+        ptx::bulk_add_warp(dq_sum + int64_t{q0} * kDim, dq_shared, BackwardShared<T, Config>::kWarpDqBytes);
+    };
+    auto await_queries = [&](const Ring<Config::kStages>& place) {
+      ptx::mbarrier_wait(shared.q_full(place.stage), place.parity);
+      const int word = *shared.first_query(place.stage);
+      if constexpr (kDropout) keep.draw(dropout, word & ~1, k0, lane);
+      return word;
+    };
+    clear(dk);
+    clear(dv);
+    int last_q0 = q_len, query = note.walks() ? await_queries(ring) : 1;  // no tile yet
+    bool first = true;
+    while (note.walks()) {
+      const int q0 = query & ~1, stage = ring.stage;
+      float scores[1][kN][4], dp[1][kN][4], dq[1][kDqDim / 8][4];
+      ptx::wgmma_fence();
+      multiply_rows<T>(scores, shared.k(keys.stage), 64 * warpgroup, shared.q(stage));
+      ptx::wgmma_commit();
+      multiply_dq(dq, first);
+      ptx::wgmma_wait<0>();
+      store_dq(dq);
+      ptx::mbarrier_wait(shared.dout_full(stage), ring.parity);
+      ptx::wgmma_fence();
+      multiply_rows<T>(dp, shared.v(keys.stage), 64 * warpgroup, shared.dout(stage));
+      ptx::wgmma_commit();
+      if (!tile.visible.all(q0, k0, 16) || q0 + kTileQ > q_len)
+        mask_transposed(scores, tile.visible, q_len, q0, k0, lane);
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const float2 shift = pair_of(shared.shift(stage), n);
+      for (int n = 0; n < kN; ++n) {
+        const float2 shift = pair_of(shared.shift(stage), n);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        scores[0][n][i] = ptx::exp2_approx(fmaf(scores[0][n][i], scale_log2, -(i % 2 ? shift.y : shift.x)));
-    }
-    ptx::wgmma_wait<0>();
-
-    uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const float2 delta = pair_of(shared.delta(stage), n);
-      const uint32_t undropped = pack<T>(-delta.x, -delta.y);
-      const float scale = kDropout ? p.keep_scale : 1.0f;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float *prob = scores[0][n] + 2 * half, *dprob = dp[0][n] + 2 * half;
-        const uint32_t kept = kDropout ? keep.mask(half, n) : ~0u, probability = pack<T>(prob[0], prob[1]);
-        const uint32_t difference = pack<T>(fmaf(dprob[0], scale, -delta.x), fmaf(dprob[1], scale, -delta.y));
-        ds[n / 2][2 * (n % 2) + half] = multiply_pairs<T>(probability, (difference & kept) | (undropped & ~kept));
-        probabilities[n / 2][2 * (n % 2) + half] = probability & kept;
+        for (int i = 0; i < 4; ++i)
+          scores[0][n][i] = ptx::exp2_approx(fmaf(scores[0][n][i], scale_log2, -(i % 2 ? shift.y : shift.x)));
       }
-    }
+      ptx::wgmma_wait<0>();
 
-    ptx::wgmma_fence();
-    multiply_columns<T>(dv, probabilities, shared.dout(stage), true);
-    ptx::wgmma_commit();
-    multiply_columns<T>(dk, ds, shared.q(stage), true);
-    ptx::wgmma_commit();
-    // What the other consumers still read of the buffer they have read before they wrote to the other one, and that was
-    // waited for with dQ above.
+      uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
 #pragma unroll
-    for (int k = 0; k < kN / 2; ++k) shared.ds(buffer).store_operand(row0, 16 * k, ds[k], lane.id);
-    ptx::fence_proxy_async();
-    ptx::mbarrier_arrive_warp(shared.ds_full(buffer));
-    buffer ^= 1;
-    add_dq(last_q0);
-    last_q0 = q0;
-    position = tile.walk.next(position + 1);
-    draw(position);
-    ptx::wgmma_wait<1>();
-    ptx::mbarrier_arrive_warp(shared.dout_empty(stage));
-    ptx::wgmma_wait<0>();
-    ptx::mbarrier_arrive_warp(shared.q_empty(stage));
-    ring.advance();
-    first = false;
-  }
-  if (!first) {
-    float dq[1][kDqDim / 8][4];
-    multiply_dq(dq, false);
-    ptx::wgmma_wait<0>();
-    store_dq(dq);
-    ptx::fence_proxy_async();
-    __syncwarp();
-    add_dq(last_q0);
-  }
+      for (int n = 0; n < kN; ++n) {
+        const float2 delta = pair_of(shared.delta(stage), n);
+        const uint32_t undropped = pack<T>(-delta.x, -delta.y);
+        const float scale = kDropout ? p.keep_scale : 1.0f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float *prob = scores[0][n] + 2 * half, *dprob = dp[0][n] + 2 * half;
+          const uint32_t kept = kDropout ? keep.mask(half, n) : ~0u, probability = pack<T>(prob[0], prob[1]);
+          const uint32_t difference = pack<T>(fmaf(dprob[0], scale, -delta.x), fmaf(dprob[1], scale, -delta.y));
+          ds[n / 2][2 * (n % 2) + half] = multiply_pairs<T>(probability, (difference & kept) | (undropped & ~kept));
+          probabilities[n / 2][2 * (n % 2) + half] = probability & kept;
+        }
+      }
 
-  if (tile.work.slot >= 0) {
-    const float one[2] = {1.0f, 1.0f};
-    float* partial = partial_of_warp(p, tile.work.slot, row0, partial_dkv_floats(kDim));
-    store_partial(dk, one, partial, lane.id);
-    store_partial(dv, one, partial + 16 * kDim, lane.id);
-    ptx::bulk_wait_read_warp();
-    return;
+      ptx::wgmma_fence();
+      multiply_columns<T>(dv, probabilities, shared.dout(stage), true);
+      ptx::wgmma_commit();
+      multiply_columns<T>(dk, ds, shared.q(stage), true);
+      ptx::wgmma_commit();
+      // What the other consumers still read of the buffer they have read before they wrote to the other one, and that
+      // was waited for with dQ above.
+#pragma unroll
+      for (int k = 0; k < kN / 2; ++k) shared.ds(buffer).store_operand(row0, 16 * k, ds[k], lane.id);
+      ptx::fence_proxy_async();
+      ptx::mbarrier_arrive_warp(shared.ds_full(buffer));
+      buffer ^= 1;
+      add_dq(last_q0);
+      last_q0 = q0;
+      const bool more = query % 2 == 0;
+      Ring<Config::kStages> next = ring;
+      next.advance();
+      if (more) query = await_queries(next);
+      ptx::wgmma_wait<1>();
+      ptx::mbarrier_arrive_warp(shared.dout_empty(stage));
+      ptx::wgmma_wait<0>();
+      ptx::mbarrier_arrive_warp(shared.q_empty(stage));
+      ring = next;
+      first = false;
+      if (!more) break;
+    }
+    if (!first) {
+      float dq[1][kDqDim / 8][4];
+      multiply_dq(dq, false);
+      ptx::wgmma_wait<0>();
+      store_dq(dq);
+      ptx::fence_proxy_async();
+      __syncwarp();
+      add_dq(last_q0);
+    }
+    ptx::mbarrier_arrive_warp(shared.kv_empty(keys.stage));
+    keys.advance();
+
+    if (note.slot() >= 0) {
+      const float one[2] = {1.0f, 1.0f};
+      float* partial = partial_of_warp(p, note.slot(), row0, partial_dkv_floats(kDim));
+      store_partial(dk, one, partial, lane.id);
+      store_partial(dv, one, partial + 16 * kDim, lane.id);
+      continue;
+    }
+    const float dv_factor[1][2] = {{kDropout ? p.keep_scale : 1.0f, kDropout ? p.keep_scale : 1.0f}};
+    const float dk_factor[1][2] = {{p.scale, p.scale}};
+    const int rows = static_cast<int>(tile.s.k_len) - k0, dims = static_cast<int>(p.head_dim);
+    T* dk_out = static_cast<T*>(g.dk.data) + key_offset(g.dk, tile.s, note.batch, note.head) + k0 * g.dk.seq;
+    T* dv_out = static_cast<T*>(g.dv.data) + key_offset(g.dv, tile.s, note.batch, note.head) + k0 * g.dv.seq;
+    store_fragments<T>(dk, dk_factor, dk_out, g.dk.seq, rows, dims, lane);
+    store_fragments<T>(dv, dv_factor, dv_out, g.dv.seq, rows, dims, lane);
   }
-  const float dv_factor[1][2] = {{kDropout ? p.keep_scale : 1.0f, kDropout ? p.keep_scale : 1.0f}};
-  const float dk_factor[1][2] = {{p.scale, p.scale}};
-  const int rows = static_cast<int>(tile.s.k_len) - k0, dims = static_cast<int>(p.head_dim);
-  T* dk_out = static_cast<T*>(g.dk.data) + key_offset(g.dk, tile.s, tile.place.batch, head) + k0 * g.dk.seq;
-  T* dv_out = static_cast<T*>(g.dv.data) + key_offset(g.dv, tile.s, tile.place.batch, head) + k0 * g.dv.seq;
-  store_fragments<T>(dk, dk_factor, dk_out, g.dk.seq, rows, dims, lane);
-  store_fragments<T>(dv, dv_factor, dv_out, g.dv.seq, rows, dims, lane);
   ptx::bulk_wait_read_warp();
 }
 
 template <typename T, typename Config, bool kDropout>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attention_bwd_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g,
-                       const __grid_constant__ BackwardMaps maps, int key_tiles) {
-  if (!KeyTile<Config>(p, key_tiles).exists()) return;
+                       const __grid_constant__ BackwardMaps maps, const __grid_constant__ Schedule schedule) {
   if (threadIdx.x == 0) BackwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers();
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::lower_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<T, Config>(p, g, maps, key_tiles);
+    if (threadIdx.x < 32) produce<T, Config>(p, g, maps, schedule);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
-    consume<T, Config, kDropout>(p, g, key_tiles);
+    consume<T, Config, kDropout>(p, g);
   }
 }
 
 // dq = scale * dq_sum, one CTA a tile of 64 queries, four warps with 16 rows each.
+constexpr int kStoredRows = 64;
+
 template <typename T, int kDim, int kDqDim>
 __global__ void __launch_bounds__(128)
     attention_bwd_store_dq_sm90(const __grid_constant__ AttentionProblem p,
@@ -331,7 +381,7 @@ __global__ void __launch_bounds__(128)
   const int warp = threadIdx.x / 32;
   const Place place(p, blockIdx.x, query_tiles, false);
   const Sequence s = sequence_of(p, place.batch);
-  const int q0 = place.tile * kRowTile, row0 = q0 + 16 * warp;
+  const int q0 = place.tile * kStoredRows, row0 = q0 + 16 * warp;
   if (q0 >= s.q_len) return;
   const float factor[1][2] = {{p.scale, p.scale}};
   T* out = static_cast<T*>(g.dq.data) + query_offset(g.dq, s, place.batch, place.head) + row0 * g.dq.seq;
@@ -354,13 +404,16 @@ void launch_backward(const AttentionProblem& p, const AttentionGradients& g) {
   const BackwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
                           key_map<typename Shared::Key>(p, p.v), query_map<typename Shared::Query>(p, g.dout)};
   const int key_tiles = static_cast<int>(ceil_div(p.seqlen_k, Config::kTileK));
-  const int64_t ctas = p.columns.start != nullptr ? ListedWork::count(p, p.columns, p.column_items.count)
-                                                  : key_tiles * p.heads * p.batch;
+  const int64_t count = p.columns.start != nullptr ? ListedWork::count(p, p.columns, p.column_items.count)
+                                                   : key_tiles * p.heads * p.batch;
+  if (count > 0x3FFFFFFF)
+    throw std::runtime_error("flash_models: attention_bwd_sm90 takes fewer than 2^30 key tiles; split the batch");
+  const int64_t ctas = std::min<int64_t>(count, Config::kCtasPerSm * multiprocessors());
   launch("attention_bwd_sm90", attention_bwd_sm90<T, Config, kDropout>, ctas, Config::kThreads, Shared::kBytes,
-         p.stream, p, g, maps, key_tiles);
+         p.stream, p, g, maps, Schedule{key_tiles, static_cast<int>(count)});
   attention_bwd_combine_sm90(p, g);
   if (g.dq_sum == nullptr) return;
-  const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kRowTile));
+  const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kStoredRows));
   launch("attention_bwd_store_dq_sm90", attention_bwd_store_dq_sm90<T, Config::kDim, Config::kDqDim>,
          query_tiles * p.heads * p.batch, 128, 0, p.stream, p, g, query_tiles);
 }

@@ -26,7 +26,7 @@ BackwardScratch backward_scratch_cuda(const AttentionProblem& p) {
   const int64_t partial = on_hopper(p) && hopper_backward_fits(p)
                               ? partial_floats(p, p.columns, p.column_items, partial_dkv_floats(dim))
                               : 0;
-  return {rows, p.deterministic ? 0 : rows * dim, partial};
+  return {rows, p.deterministic ? 0 : rows * dim, 1, partial};
 }
 
 int64_t forward_scratch_cuda(const AttentionProblem& p) {

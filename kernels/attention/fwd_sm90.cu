@@ -26,6 +26,7 @@
 #include "partial.cuh"
 #include "ring.cuh"
 #include "softmax.cuh"
+#include "tickets.cuh"
 
 namespace flash_models {
 namespace {
@@ -43,15 +44,6 @@ struct ForwardConfig {
 
 struct ForwardMaps {
   CUtensorMap q, k, v;
-};
-
-// What the producer tells of a query tile. Nothing follows a tile -1.
-struct alignas(16) TileNote {
-  int tile, head, batch, slot_and_keys;  // 2 * slot of a partial result, or -2; plus 1 if there are keys to visit
-
-  __device__ __forceinline__ bool last() const { return tile < 0; }
-  __device__ __forceinline__ bool keys() const { return slot_and_keys % 2 != 0; }
-  __device__ __forceinline__ int slot() const { return slot_and_keys >> 1; }
 };
 
 template <typename T, typename Config>
@@ -107,9 +99,9 @@ struct Schedule {
   bool pairs;
   int32_t* ticket;
 
-  __device__ __forceinline__ int first() const { return ticket != nullptr ? take_ticket() : blockIdx.x << pairs; }
+  __device__ __forceinline__ int first() const { return ticket != nullptr ? take_ticket(ticket) : blockIdx.x << pairs; }
   __device__ __forceinline__ int next(int number) const {
-    if (ticket != nullptr) return take_ticket();
+    if (ticket != nullptr) return take_ticket(ticket);
     return pairs && number % 2 == 0 ? number + 1 : number + 1 + ((gridDim.x - 1) << pairs);
   }
 
@@ -119,13 +111,6 @@ struct Schedule {
     ListedWork whole;
     whole.place = pairs ? Place::of_pair(p, number, query_tiles) : Place(p, number, query_tiles, p.causal);
     return whole;
-  }
-
- private:
-  __device__ __forceinline__ int take_ticket() const {  // by a warp
-    int number = 0;
-    if (threadIdx.x % 32 == 0) number = atomicAdd(ticket, 1);
-    return __shfl_sync(~0u, number, 0);
   }
 };
 
@@ -188,7 +173,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
   }
   ptx::mbarrier_wait(shared.q_empty(queries.stage), queries.parity ^ 1);
   if (producer.leader) {
-    *shared.note(queries.stage) = {-1, 0, 0, 0};
+    *shared.note(queries.stage) = TileNote::end();
     ptx::mbarrier_arrive(shared.q_full(queries.stage));
   }
 }
@@ -221,7 +206,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
   auto await_tile = [&] {  // with its first keys
     ptx::mbarrier_wait(shared.q_full(queries.stage), queries.parity);
     const TileNote note = *shared.note(queries.stage);
-    if (note.keys()) ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
+    if (note.walks()) ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
     return note;
   };
 
@@ -260,7 +245,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
       keys.advance();
     };
 
-    if (note.keys()) {
+    if (note.walks()) {
       int k0 = *shared.first_key(keys.stage);
       release_k();
       draw(k0 & ~1);
@@ -286,7 +271,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
       }
       ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
     }
-    const bool with_keys = note.keys();
+    const bool with_keys = note.walks();
     const int batch = note.batch;
     ptx::mbarrier_arrive_warp(shared.q_empty(queries.stage));
     queries.advance();

@@ -291,10 +291,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor out, Tensor
   g.dv = view_of(dv, "dv", packed);
   g.delta = static_cast<float*>(rows.mutable_data_ptr());
   g.shift = g.delta + scratch.rows;
-  OptionalTensor dq_sum;
-  if (scratch.dq_sum > 0) {
-    dq_sum = zeros_on(q, {scratch.dq_sum}, ScalarType::Float);
-    g.dq_sum = static_cast<float*>(dq_sum->mutable_data_ptr());
+  OptionalTensor zeroed;
+  if (scratch.dq_sum + scratch.tickets > 0) {
+    zeroed = zeros_on(q, {scratch.dq_sum + scratch.tickets}, ScalarType::Float);
+    float* begin = static_cast<float*>(zeroed->mutable_data_ptr());
+    if (scratch.dq_sum > 0) g.dq_sum = begin;
+    g.ticket = reinterpret_cast<int32_t*>(begin + scratch.dq_sum);
   }
   const OptionalTensor partial = scratch_on(q, scratch.partial, p.partial);
   if (q.numel() > 0 || k.numel() > 0) kBackward(p, g);

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How the CTAs of a Hopper kernel share work items: one warp, the producer, takes the next number and tells the
+// consumers of its CTA, through shared memory, which tile of which head it is.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_models {
+
+// By a warp.
+__device__ __forceinline__ int take_ticket(int32_t* ticket) {
+  int number = 0;
+  if (threadIdx.x % 32 == 0) number = atomicAdd(ticket, 1);
+  return __shfl_sync(~0u, number, 0);
+}
+
+// What the producer tells of a tile. Nothing follows a tile -1.
+struct alignas(16) TileNote {
+  int tile, head, batch, slot_and_work;  // 2 * slot of a partial result, or -2; plus 1 if there are tiles to walk
+
+  static __device__ __forceinline__ TileNote end() { return {-1, 0, 0, 0}; }
+
+  __device__ __forceinline__ bool last() const { return tile < 0; }
+  __device__ __forceinline__ bool walks() const { return slot_and_work % 2 != 0; }
+  __device__ __forceinline__ int slot() const { return slot_and_work >> 1; }
+};
+
+}  // namespace flash_models
