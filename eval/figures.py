@@ -130,6 +130,6 @@ def draw_lra(rows, facts, path):
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3, axis="y")
     if kinds:
-        figure.axes[0].legend(fontsize=6, ncols=2)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7, ncols=3)
     figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=6, wrap=True)
     figure.savefig(path, dpi=150)

@@ -7,8 +7,8 @@ text (IMDB, 4K) and image (CIFAR-10, grey, 1K) come from the Hub or from files, 
     (the same command) --resume_from_checkpoint runs/listops
     accelerate launch eval/lra.py --task retrieval --do_train --output_dir runs/aan \\
         --train_file new_aan_pairs.train.tsv --validation_file new_aan_pairs.test.tsv
-Files: the benchmark's own .tsv, JSON lines or CSV with the columns Source and Target (listops), text and label, or text1,
-text2 and label; images as npz with uint8 `images` (n, 32, 32) and `labels`, or CIFAR-10's data_batch_*.bin.
+Files: the benchmark's own .tsv, JSON lines or CSV with the columns Source and Target (listops), text and label, or
+text1, text2 and label; images as npz with uint8 `images` (n, 32, 32) and `labels`, or CIFAR-10's data_batch_*.bin.
 Evaluate, also a Pathfinder-32 model of eval/pathx.py:
     python eval/lra.py --task pathfinder --model_name_or_path runs/pathfinder-32
 Time a training step of every attention at the lengths of the five tasks, in one run; CSV and figure to eval/results:
@@ -142,7 +142,7 @@ def load(args, split, files, accelerator):
 
 
 def batches_of(examples, model, args):
-    sequences, targets = encode(examples, model.config), targets_of(examples, model.config.label2id)
+    sequences, targets = encode(examples, model.config), targets_of(args.task, examples, model.config)
     unpad = ATTENTIONS[getattr(model.config, "lra_attention", "flash")] == "io_aware"
     return SequenceBatches(
         sequences, targets, args.per_device_train_batch_size, args.max_batch_tokens, unpad, args.seed
@@ -205,6 +205,7 @@ def main(argv=None):
     with explain_mistakes("lra.py"):
         args.per_device_train_batch_size = args.per_device_train_batch_size or TASKS[args.task].train_batch_size
         report = {"task": f"lra-{args.task}", "model": args.model_name_or_path or args.output_dir}
+        examples = load(args, args.eval_split, args.validation_file, accelerator)
         if args.do_train:
             model, report["training"] = train(args, accelerator)
         else:
@@ -212,7 +213,6 @@ def main(argv=None):
         report["attention"] = getattr(model.config, "lra_attention", "flash")
         report["block_sparse"] = model.config.block_sparse
         if not args.do_train or report["training"]["finished"]:
-            examples = load(args, args.eval_split, args.validation_file, accelerator)
             report["results"] = evaluate(model, examples, args, accelerator)
     return finish(report, args, accelerator, started)
 

@@ -154,8 +154,12 @@ def class_names(name, examples):
     return list(found)
 
 
-def targets_of(examples, label2id):
-    """int64 (examples,) class numbers. Raises ValueError for a class that the model does not have."""
+def targets_of(name, examples, config):
+    """int64 (examples,) class numbers of the model of `config`. Raises ValueError for a class that it does not have."""
+    names = TASKS[name].names
+    label2id = config.label2id if names is None else {label: number for number, label in enumerate(names)}
+    if len(label2id) != config.num_labels:
+        raise ValueError(f"{name} has {len(label2id)} classes and the model {config.num_labels}; take one made for it")
     unknown = sorted(set(examples.labels) - label2id.keys())
     if unknown:
         raise ValueError(f"{examples.source} has the class {unknown[0]!r}; the model knows {', '.join(label2id)}")

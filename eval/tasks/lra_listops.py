@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from tasks.pathfinder_data import write_whole
 from tasks.training_loop import bar_interval
 from tqdm.auto import tqdm
 
@@ -98,7 +99,7 @@ def _read(path, count):
     try:
         with np.load(path, allow_pickle=False) as file:
             tokens, lengths, labels = file["tokens"], file["lengths"], file["labels"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         warnings.warn(f"{path} is damaged and made anew: {error}", stacklevel=3)
@@ -108,18 +109,13 @@ def _read(path, count):
     return np.split(tokens, np.cumsum(lengths[:count]))[:count], labels[:count].tolist()
 
 
-def _write(path, sequences, labels):
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def _keep(path, sequences, labels):
+    arrays = {"tokens": np.concatenate(sequences), "lengths": [len(sequence) for sequence in sequences]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            lengths = np.array([len(sequence) for sequence in sequences])
-            np.savez(file, tokens=np.concatenate(sequences), lengths=lengths, labels=np.array(labels, np.uint8))
-        os.replace(part, path)
+        write_whole(path, lambda file: np.savez(file, labels=np.array(labels, np.uint8), **arrays))
     except OSError as error:
         warnings.warn(f"cannot write the cache {path} ({error}); expressions stay in memory", stacklevel=3)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(split, count=None, cache_dir=None, num_workers=None, base_seed=0, show=False):
@@ -149,7 +145,7 @@ def load(split, count=None, cache_dir=None, num_workers=None, base_seed=0, show=
                         kept += new
                     bar.update(len(part[1]))
                 if path:
-                    _write(path, *found)
+                    _keep(path, *found)
             sequences += found[0]
             labels += found[1]
             bar.update(last - bar.n)

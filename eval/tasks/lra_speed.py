@@ -137,6 +137,8 @@ def run(args, device):
     """Measure, write CSV and figure into args.output_dir; returns the report."""
     facts = conditions(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+    name = f"lra-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}" + ("-quick" if args.quick else "")
+    path = Path(args.output_dir) / f"{name}.csv"
     rows, errors = [], {}
     kinds = [False, True] if args.torch_compile and device.type == "cuda" else [False]
     for name in args.task:
@@ -145,11 +147,9 @@ def run(args, device):
                 length, _ = shape_of(name, args, device)
                 errors[f"{name}_{attention}"] = verify(name, attention, length, args, device)
             rows += filter(None, (measure(name, attention, compiled, args, device) for compiled in kinds))
-    add_speedups(rows)
-    name = f"lra-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}" + ("-quick" if args.quick else "")
-    path = Path(args.output_dir) / f"{name}.csv"
-    write_csv(rows, facts, path)
-    draw_lra(rows, facts, path.with_suffix(".png"))
+        add_speedups(rows)
+        write_csv(rows, facts, path)  # after each task, so that a run that is cut short leaves what it has
+        draw_lra(rows, facts, path.with_suffix(".png"))
     return {
         "benchmark": "lra",
         **facts,
