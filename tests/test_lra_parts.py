@@ -6,11 +6,13 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tasks import lra_baselines, lra_listops
 from tasks.document_model import ClassifierLoss
-from tasks.lra_data import SequenceBatches, encode, read_files
+from tasks.lra_data import SequenceBatches, encode, from_rows, read_files
 from tasks.lra_model import ATTENTIONS, create_model, new_config
 from tasks.lra_tasks import CLS
+from tasks.text_files import Rows
 
 from flash_models import reference
 
@@ -227,3 +229,23 @@ def test_encoding_cuts_to_what_the_model_reads(tmp_path):
     examples = read_files("text", [tmp_path / "a.jsonl"])
     first, second = encode(examples, new_config("text", "flash", ["0", "1"], 5))
     assert first.tolist() == [CLS, *"h\u00e9l".encode()] and second.tolist() == [CLS]
+    image = np.arange(1024).reshape(32, 32).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", images=image[None], labels=np.array([3]))
+    examples = read_files("image", [tmp_path / "a.npz"])
+    assert encode(examples, new_config("image", "flash", ["0", "1"]))[0].tolist() == [CLS, *image.ravel()]
+    with pytest.raises(ValueError, match="an image is 1025 tokens, the model reads 1024"):
+        encode(examples, new_config("image", "flash", ["0", "1"], 1024))
+
+
+def test_rows_of_the_hub():
+    """What `datasets` gives of CIFAR-10 and of IMDB."""
+    colours = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    picture = Image.fromarray(colours)
+    rows = Rows(
+        [("row 1", {"img": picture, "label": "cat"}), ("row 2", {"img": picture.resize((8, 8)), "label": "dog"})]
+    )
+    examples = from_rows("image", rows, "cifar10, test")
+    assert examples.labels == ["cat"] and "8 x 8 pixels; expected 32 x 32" in examples.problems[0]
+    assert np.abs(examples.items[0].astype(int) - np.asarray(picture.convert("L")).astype(int)).max() <= 1
+    examples = from_rows("text", Rows([("row 1", {"text": "fine", "label": "pos"})]), "imdb, test")
+    assert examples.labels == ["pos"] and examples.items[0].tobytes() == b"fine"

@@ -167,8 +167,8 @@ def targets_of(name, examples, config):
 
 
 def encode(examples, config):
-    """Token ids of each example, int16 arrays or pairs of them, cut to what the model of `config` reads: [CLS] and the
-    tokens or, row by row, the pixels. A rotary_2d model has its own order of pixels and tokens in front."""
+    """Token ids of each example, int16 arrays or pairs of them, [CLS] and the tokens, cut to what the model of
+    `config` reads, or, row by row, the pixels. A rotary_2d model has its own order of pixels and tokens in front."""
 
     def sequence(tokens):
         return np.concatenate(([CLS], tokens[: config.max_position_embeddings - 1])).astype(np.int16)
@@ -180,6 +180,9 @@ def encode(examples, config):
         check_fits(config, len(items[0]))
         images = torch.from_numpy(np.stack(items))
         return [row for part in images.split(1000) for row in images_to_input_ids(part, config).short().numpy()]
+    room = config.max_position_embeddings
+    if items[0].ndim == 2 and items[0].size >= room:
+        raise ValueError(f"an image is {1 + items[0].size} tokens, the model reads {room}; leave out --max_length")
     return [sequence(item.ravel()) for item in items]
 
 
