@@ -2,6 +2,7 @@
 """eval/lra.py as a whole: the five tasks from what is made and from files, bad files, exact resume, times."""
 
 import csv
+import itertools
 import json
 import random
 
@@ -201,14 +202,17 @@ def test_wrong_arguments(tmp_path):
     assert "no split 'dev'" in refusal("listops", tmp_path, *FEW, "--eval_split", "dev")
 
 
-def test_every_attention_is_timed_against_the_standard_one(tmp_path, capsys, monkeypatch):
+def test_attentions_are_timed_against_the_standard_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lra_speed, "QUICK_LENGTH", 128)
-    run("--speed", "--quick", "--task", "retrieval", "image", "--output_dir", tmp_path)
+    names = ("standard", "flash", "linformer")
+    for task in ("retrieval", "image"):  # the second call adds to the table of the first
+        run("--speed", "--quick", "--task", task, "--attention", *names, "--output_dir", tmp_path)
     report = last_json(capsys)
     with open(report["csv"]) as file:
         assert file.readline().startswith("# commit")
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12 and {row["tokens"] for row in rows} == {"128"}
+    assert [(row["task"], row["attention"]) for row in rows] == list(itertools.product(("retrieval", "image"), names))
+    assert {row["tokens"] for row in rows} == {"128"}
     means = report["speedup_over_standard"]["eager"]
     for row in rows:
         standard = next(r for r in rows if (r["task"], r["attention"]) == (row["task"], "standard"))
@@ -219,6 +223,10 @@ def test_every_attention_is_timed_against_the_standard_one(tmp_path, capsys, mon
     assert flash["geomean"] == pytest.approx((flash["retrieval"] * flash["image"]) ** 0.5, abs=2e-3)
     assert (tmp_path / report["csv"]).with_suffix(".png").stat().st_size > 1000
     assert [TASKS[name].speed_length for name in TASKS] == [2048, 4096, 4096, 1024, 1024]
+    with open(report["csv"]) as file:
+        table = file.read().replace("# commit", "# commit other")  # of other conditions
+    (tmp_path / "other.csv").write_text(table)
+    assert lra_speed.earlier_rows(tmp_path / "other.csv", {"commit": "this"}, []) == []
 
 
 def test_a_wrong_attention_is_not_timed(tmp_path, monkeypatch):

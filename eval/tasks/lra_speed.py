@@ -2,9 +2,11 @@
 """Times of a training step for each attention, on the models and at the lengths of the Long Range Arena.
 
 A step is forward, backward, clipping and AdamW in bf16 autocast (float32 on a CPU), on random tokens without padding,
-with the dropout of the benchmark. All attentions get the same model, batch, optimizer and options.
+with the dropout of the benchmark. All attentions get the same model, batch, optimizer and options. Tasks may be
+timed in several calls: each adds its own to the table.
 """
 
+import csv
 import math
 import statistics
 from pathlib import Path
@@ -133,13 +135,28 @@ def average(rows):
     return means
 
 
+def earlier_rows(path, facts, tasks):
+    """The rows of other tasks in the table that an earlier call under the same conditions wrote."""
+    if not path.is_file():
+        return []
+    conditions_now = "# " + ", ".join(f"{key} {value}" for key, value in facts.items())
+    with path.open(newline="") as file:
+        # the table itself, once written, is a change to the checkout
+        if file.readline().rstrip().replace("+changes", "") != conditions_now.replace("+changes", ""):
+            return []
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    words = {"task": str, "attention": str, "tokens": int, "batch": int, "compiled": int, "peak_memory_mib": int}
+    rows = [{key: words.get(key, float)(value) for key, value in row.items()} for row in rows]
+    return [row for row in rows if row["task"] not in tasks]
+
+
 def run(args, device):
     """Measure, write CSV and figure into args.output_dir; returns the report."""
     facts = conditions(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     name = f"lra-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}" + ("-quick" if args.quick else "")
     path = Path(args.output_dir) / f"{name}.csv"
-    rows, errors = [], {}
+    rows, errors = earlier_rows(path, facts, args.task), {}
     kinds = [False, True] if args.torch_compile and device.type == "cuda" else [False]
     for name in args.task:
         for attention in args.attention:
