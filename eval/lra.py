@@ -18,7 +18,6 @@ The last line of stdout is one JSON object.
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -192,10 +191,9 @@ def main(argv=None):
     args = parse_args(argv)
     writable_folder(args.output_dir)
     if args.speed:
-        args.block_sparse = parse_block_sparse(args.block_sparse)
-        on_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "") not in ("1", "true", "yes")
         with explain_mistakes("lra.py"):
-            report = lra_speed.run(args, torch.device("cuda" if on_cuda else "cpu"))
+            args.block_sparse = parse_block_sparse(args.block_sparse)
+            report = lra_speed.run(args, make_accelerator(args).device)
         print(json.dumps(report), flush=True)
         return report
     (args.task,), (args.attention,) = args.task, args.attention
