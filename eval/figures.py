@@ -101,3 +101,35 @@ def draw_pathx(rows, facts, path):
         axes.set_xlabel("images/s", fontsize=8)
     figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=7, wrap=True)
     figure.savefig(path, dpi=130)
+
+
+def draw_lra(rows, facts, path):
+    """Speed-up of a training step over standard attention: a panel without and one with torch.compile, a group of bars
+    for each task. rows: those of lra.py --speed; where standard attention was not timed, nothing is drawn."""
+    rows = [row for row in rows if row.get("speedup_over_standard")]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    names = list(dict.fromkeys(row["attention"] for row in rows))
+    kinds = sorted({row["compiled"] for row in rows})
+    labels = {"flash": "flash-models", "block_sparse": "flash-models, block-sparse", "sdpa": "PyTorch SDPA"}
+    colors = {"flash": COLORS["flash_models"], "block_sparse": "#7a2230", "sdpa": COLORS["sdpa"], "standard": "#c9cdd2"}
+    colors |= {"linformer": "#2e4057", "performer": "#66a182"}
+    figure = Figure(figsize=(7, 2.8 * max(1, len(kinds)) + 0.4), layout="constrained")
+    for axes, compiled in zip(figure.subplots(max(1, len(kinds)), 1, squeeze=False)[:, 0], kinds, strict=False):
+        for place, name in enumerate(names):
+            chosen = {
+                row["task"]: row["speedup_over_standard"] for row in _select(rows, attention=name, compiled=compiled)
+            }
+            at = [number + (place - (len(names) - 1) / 2) * 0.8 / len(names) for number in range(len(tasks))]
+            heights = [chosen.get(task, 0) for task in tasks]
+            bars = axes.bar(at, heights, 0.8 / len(names), color=colors[name], label=labels.get(name, name))
+            axes.bar_label(bars, [f"{height:.1f}" if height else "" for height in heights], fontsize=5)
+        lengths = {row["task"]: row["tokens"] for row in rows}
+        axes.set_xticks(range(len(tasks)), [f"{task}\n{lengths[task]:,} tokens" for task in tasks], fontsize=7)
+        axes.set_ylabel("times standard attention", fontsize=8)
+        axes.set_title("training step" + (", torch.compile" if compiled else ""), fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3, axis="y")
+    if kinds:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7, ncols=3)
+    figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=6, wrap=True)
+    figure.savefig(path, dpi=150)

@@ -147,6 +147,10 @@ class DocumentBatches:
         self.batch_size, self.max_batch_tokens, self.unpad = batch_size, max_batch_tokens, unpad
         self.seed, self.pad_id = seed, pad_id
 
+    def length(self, place):
+        """Tokens of an example."""
+        return len(self.sequences[place])
+
     def collate(self, places):
         """Model inputs of the documents at `places`."""
         sequences = [self.sequences[place] for place in places]
@@ -154,20 +158,20 @@ class DocumentBatches:
 
     def groups(self, places):
         """`places` in lists that fit the budget of tokens."""
-        groups = group_by_length([len(self.sequences[p]) for p in places], self.max_batch_tokens, self.unpad)
+        groups = group_by_length([self.length(place) for place in places], self.max_batch_tokens, self.unpad)
         return [[places[i] for i in group] for group in groups]
 
     def __call__(self, step, rank, world):
         """What `TextTrainer` asks for. batch_size documents for each process; `world` times that make a step."""
         places = step_indices(len(self.sequences), step, self.batch_size * world, self.seed)
         # dealt out by length, so that processes finish together
-        places = sorted(places, key=lambda place: -len(self.sequences[place]))[rank::world]
+        places = sorted(places, key=lambda place: -self.length(place))[rank::world]
         return [
             {
                 **self.collate(group),
                 "targets": torch.from_numpy(self.targets[group]),
                 "share": 1 / len(places),
-                "num_tokens": sum(len(self.sequences[place]) for place in group),
+                "num_tokens": sum(self.length(place) for place in group),
             }
             for group in self.groups(places)
         ]

@@ -30,7 +30,7 @@ def cache_name(spec, split, rendering="lra", base_seed=0):
     return f"pathfinder{spec.size}-{split}-{rendering}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def _write(path, write):
+def write_whole(path, write):
     """Write a file so that it is there whole or not at all; `write` gets the open file."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -148,9 +148,9 @@ class PathfinderDataset(Dataset):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for part, array in arrays.items():
-                _write(self._path(shard, part), lambda file, array=array: np.save(file, array, allow_pickle=False))
+                write_whole(self._path(shard, part), lambda file, array=array: np.save(file, array, allow_pickle=False))
             record = {"rows": rows, "crc32": {part: zlib.crc32(array) for part, array in arrays.items()}}
-            _write(self._path(shard, "json"), lambda file: file.write(json.dumps(record).encode()))
+            write_whole(self._path(shard, "json"), lambda file: file.write(json.dumps(record).encode()))
         except OSError as error:
             _unwritable.add(self.folder)
             warnings.warn(f"can not write the cache {self.folder} ({error}); images stay in memory", stacklevel=3)

@@ -73,14 +73,16 @@ def _json_rows(path):
     return rows
 
 
-def _csv_rows(path):
+def _csv_rows(path, columns):
     try:
         text = _content(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv") from None
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is a short document
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
-    name, rows, header, line = Path(path).name, Rows(), None, 1
+    quoting = csv.QUOTE_MINIMAL if columns is None else csv.QUOTE_NONE
+    options = {"delimiter": "\t" if kind_of(path) == ".tsv" else ",", "strict": True, "quoting": quoting}
+    reader = csv.reader(io.StringIO(text, newline=""), **options)
+    name, rows, header, line = Path(path).name, Rows(), columns, 1
     while True:
         try:
             fields = next(reader, None)
@@ -98,12 +100,14 @@ def _csv_rows(path):
         line = reader.line_num + 1
 
 
-def read_rows(path):
-    """Rows of a JSON-lines, JSON or CSV file. Raises ValueError where not one line can be read."""
+def read_rows(path, columns=None):
+    """Rows of a JSON-lines, JSON or CSV file. Raises ValueError where not one line can be read.
+
+    columns: of a CSV file that has neither a header nor quotes."""
     kind = kind_of(path)
     if kind not in ROWS:
         raise ValueError(f"{path} ends in {kind!r}; expected one of {', '.join(ROWS)}, optionally with .xz or .gz")
-    rows = _csv_rows(path) if kind in (".csv", ".tsv") else _json_rows(path)
+    rows = _csv_rows(path, columns) if kind in (".csv", ".tsv") else _json_rows(path)
     if not rows:
         first = f" The first: {rows.problems[0]}" if rows.problems else ""
         raise ValueError(f"{path} holds no rows; {len(rows.problems)} lines cannot be read.{first}")
