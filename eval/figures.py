@@ -137,3 +137,24 @@ def draw_training(rows, facts, path):
     first.legend(fontsize=6)
     figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=7, wrap=True)
     figure.savefig(path, dpi=130)
+
+
+def draw_loss_curves(curves, window, facts, path):
+    """Smoothed losses over steps, and below each one's difference from the first. curves: {name: array}, whose first
+    point is at step `window`."""
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    first = next(iter(curves.values()))
+    steps = range(window, window + len(first))
+    for number, (name, losses) in enumerate(curves.items()):
+        style = {"color": ("#2e4057", "#d1495b", "#8d96a3")[number % 3], "linewidth": 1.2}
+        above.plot(steps, losses, label=name.replace("_", " "), linestyle="--" if number == 1 else "-", **style)
+        if number:
+            below.plot(steps, losses - first, **style)
+    above.set_ylabel(f"training loss, mean of {window} steps")
+    below.set(xlabel="step", ylabel="difference")
+    above.legend(fontsize=8)
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=7, wrap=True)
+    figure.savefig(path, dpi=130)
