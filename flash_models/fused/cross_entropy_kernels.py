@@ -39,5 +39,7 @@ def softmax_gradient_(logits, labels, vocabulary):
     losses = logits.new_empty(rows, dtype=torch.float32)
     if rows:
         block = min(triton.next_power_of_2(columns), 8192)
-        _kernel[(rows,)](logits, labels, losses, vocabulary, columns, block, num_warps=min(max(block // 512, 1), 16))
+        num_warps = min(max(block // 512, 1), 16)
+        with torch.cuda.device_of(logits):
+            _kernel[(rows,)](logits, labels, losses, vocabulary, columns, block, num_warps=num_warps)
     return losses

@@ -22,8 +22,10 @@ def _has_triton():
 
 
 def use_triton(tensor):
-    """Whether the Triton kernels take `tensor`: on CUDA, outside of torch.compile, which fuses plain PyTorch itself."""
-    return tensor.is_cuda and not torch.compiler.is_compiling() and _has_triton()
+    """Whether the Triton kernels, which compute in float32, take `tensor`: on CUDA, outside of torch.compile, which
+    fuses plain PyTorch itself."""
+    known = tensor.is_cuda and tensor.dtype.itemsize <= 4
+    return known and not torch.compiler.is_compiling() and _has_triton()
 
 
 def compute_dtype(tensor):

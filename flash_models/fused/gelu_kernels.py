@@ -67,7 +67,8 @@ def gelu_forward(x, bias, tanh):
     rows, columns, grid = _geometry(x)
     out = torch.empty_like(x)
     if rows:
-        _forward_kernel[grid](x, bias, out, rows, columns, bias is not None, tanh, ROWS, COLUMNS)
+        with torch.cuda.device_of(x):
+            _forward_kernel[grid](x, bias, out, rows, columns, bias is not None, tanh, ROWS, COLUMNS)
     return out
 
 
@@ -77,5 +78,6 @@ def gelu_backward(dout, x, bias, tanh):
     dx = torch.empty_like(x)
     partial = x.new_empty((1, grid[0], columns) if bias is not None else 0, dtype=torch.float32)
     if rows:
-        _backward_kernel[grid](dout, x, bias, dx, partial, rows, columns, bias is not None, tanh, ROWS, COLUMNS)
+        with torch.cuda.device_of(x):
+            _backward_kernel[grid](dout, x, bias, dx, partial, rows, columns, bias is not None, tanh, ROWS, COLUMNS)
     return dx, partial

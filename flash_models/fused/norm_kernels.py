@@ -49,7 +49,7 @@ def _forward_kernel(x, bias, residual, weight, shift, total, out, mean, rstd, se
 @triton.jit
 def _backward_kernel(dtotal, dout, total, mean, rstd, weight, seed, dx, dresidual, partial, rows, columns, p,
                      HAS_X: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr, NORM: tl.constexpr,
-                     HAS_DTOTAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                     HAS_DTOTAL: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     place = tl.arange(0, BLOCK)
     inside = place < columns
@@ -74,7 +74,8 @@ def _backward_kernel(dtotal, dout, total, mean, rstd, weight, seed, dx, dresidua
             gradient = (above - tl.sum(above, 0) / columns - normal * along) * inverse
         if HAS_DTOTAL:
             gradient += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dresidual + at, gradient.to(dresidual.dtype.element_ty), mask=inside)
+        if HAS_DRESIDUAL:
+            tl.store(dresidual + at, gradient.to(dresidual.dtype.element_ty), mask=inside)
         if HAS_X:
             if DROP:
                 gradient = tl.where(_kept(seed, row, p, BLOCK), gradient / (1.0 - p), 0.0)
@@ -110,10 +111,11 @@ def norm_forward(x, bias, residual, weight, shift, eps, p, seed, dtype):
         mean, rstd = residual.new_empty(2, rows, dtype=torch.float32)
     block, options = _launch(columns)
     if rows:
-        _forward_kernel[(rows,)](
-            x, bias, residual, weight, shift, total, out, mean, rstd, seed, columns, eps, p,
-            x is not None, bias is not None, seed is not None, weight is not None, block, **options,
-        )  # fmt: skip
+        with torch.cuda.device_of(residual):
+            _forward_kernel[(rows,)](
+                x, bias, residual, weight, shift, total, out, mean, rstd, seed, columns, eps, p,
+                x is not None, bias is not None, seed is not None, weight is not None, block, **options,
+            )  # fmt: skip
     return total, out, mean, rstd
 
 
@@ -125,15 +127,19 @@ def norm_backward(dtotal, dout, total, mean, rstd, weight, seed, p, x_dtype, res
     rows = like.numel() // columns
     block, options = _launch(columns)
     programs = min(rows, _programs(like.device, options["num_warps"]))
-    dresidual = like.new_empty(like.shape, dtype=residual_dtype)
+    # without the norm the residual's gradient is that of the sum
+    passed = dout is None and dtotal.dtype == residual_dtype
+    dresidual = None if passed else like.new_empty(like.shape, dtype=residual_dtype)
     dx = None if x_dtype is None else like.new_empty(like.shape, dtype=x_dtype)
     partial = like.new_empty(has_bias + 2 * (dout is not None), programs, columns, dtype=torch.float32)
     if rows:
-        _backward_kernel[(programs,)](
-            dtotal, dout, total, mean, rstd, weight, seed, dx, dresidual, partial, rows, columns, p,
-            dx is not None, has_bias, seed is not None, dout is not None, dtotal is not None, block, **options,
-        )  # fmt: skip
-    return dx, dresidual, partial
+        with torch.cuda.device_of(like):
+            _backward_kernel[(programs,)](
+                dtotal, dout, total, mean, rstd, weight, seed, dx, dresidual, partial, rows, columns, p,
+                dx is not None, has_bias, seed is not None, dout is not None, dtotal is not None,
+                dresidual is not None, block, **options,
+            )  # fmt: skip
+    return dx, dtotal if passed else dresidual, partial
 
 
 def _programs(device, num_warps):
