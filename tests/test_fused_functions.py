@@ -23,6 +23,7 @@ from flash_models.fused import (
     layer_norm,
     linear_cross_entropy,
     norm,
+    norm_and_residual,
     project_qkv,
 )
 
@@ -87,6 +88,8 @@ def test_norms(target, shape):
     check(lambda x, b, r, w, s: dropout_add_norm(x, b, r, _norm(w, s), 0.0)[1], lambda *a: both(*a)[1], target,
           shape, column, shape, column, column)  # fmt: skip
     check(lambda x, b, r: dropout_add(x, b, r, 0.0), lambda x, b, r: x + b + r, target, shape, column, shape)
+    check(lambda x, w, s: norm_and_residual(x, _norm(w, s)), lambda x, w, s: (F.layer_norm(x, column, w, s), 1 * x),
+          target, shape, column, column)  # fmt: skip
     check(lambda x, w, s: layer_norm(x, _norm(w, s)), lambda x, w, s: F.layer_norm(x, column, w, s), target,
           shape, column, column)  # fmt: skip
 

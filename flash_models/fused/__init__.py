@@ -9,7 +9,15 @@ of a compiled function's guards, `retain_graph` works, and no new length or mode
 
 from .cross_entropy import linear_cross_entropy
 from .gelu import bias_gelu
-from .norm import dropout_add, dropout_add_norm, layer_norm
+from .norm import dropout_add, dropout_add_norm, layer_norm, norm_and_residual
 from .projection import project_qkv
 
-__all__ = ["bias_gelu", "dropout_add", "dropout_add_norm", "layer_norm", "linear_cross_entropy", "project_qkv"]
+__all__ = [
+    "bias_gelu",
+    "dropout_add",
+    "dropout_add_norm",
+    "layer_norm",
+    "linear_cross_entropy",
+    "norm_and_residual",
+    "project_qkv",
+]

@@ -18,6 +18,13 @@ def layer_norm(x, norm):
     return _run(None, None, x, norm, 0.0)[1]
 
 
+def norm_and_residual(x, norm):
+    """(the nn.LayerNorm `norm` of x (..., N), x): the backward adds the gradients of both in its one pass, where that
+    of an x used twice takes another."""
+    total, normal = _run(None, None, x, norm, 0.0)
+    return normal, total
+
+
 def dropout_add(x, bias, residual, p):
     """residual + dropout(x + bias) in the dtype of residual and x together; x, residual (..., N), bias (N,) or None."""
     return _run(x, bias, residual, None, p)[0]
@@ -61,7 +68,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         ctx.p = p
         ctx.dtypes = [None if t is None else t.dtype for t in (x, bias, residual, weight, shift)]
         ctx.set_materialize_grads(False)  # BERT does not use the sum: no zeros for its gradient
-        return None if x is None else total, out
+        return total, out
 
     @staticmethod
     @torch.autograd.function.once_differentiable

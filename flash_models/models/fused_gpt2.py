@@ -5,7 +5,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.pytorch_utils import Conv1D
 
-from ..fused import dropout_add, dropout_add_norm, layer_norm, project_qkv
+from ..fused import dropout_add, dropout_add_norm, norm_and_residual, project_qkv
 from .fused_layers import dropout_p, is_plain, linear_gelu, product_and_bias
 
 
@@ -72,7 +72,7 @@ class GPT2Block(stock.GPT2Block):
                 hidden_states, past_key_values, attention_mask, encoder_hidden_states, encoder_attention_mask,
                 use_cache, **kwargs,
             )  # fmt: skip
-        normal = layer_norm(hidden_states, self.ln_1)
+        normal, hidden_states = norm_and_residual(hidden_states, self.ln_1)
         (product, bias), _ = self.attn(normal, attention_mask=attention_mask, apart=True, **kwargs)
         dropout = dropout_p(self.attn.resid_dropout)
         hidden_states, normal = dropout_add_norm(product, bias, hidden_states, self.ln_2, dropout)
