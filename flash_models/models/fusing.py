@@ -12,7 +12,7 @@ from transformers import (
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 
-from . import fused_bert, fused_gpt2, fused_layers
+from . import compiled_loss, fused_bert, fused_gpt2, fused_layers, hooks
 
 # fusion: the classes that take part in it
 FUSIONS = {
@@ -26,8 +26,8 @@ FUSIONS = {
     "cache": (),  # a hook, see hooks.py
 }
 _LM_HEADS = (BertForMaskedLM, BertForPreTraining, BertLMHeadModel, GPT2DoubleHeadsModel, GPT2LMHeadModel)
-# their loss is nn.CrossEntropyLoss, of which torch.compile knows the arguments to be tensors
-_EAGER_LOSS = (BertForMaskedLM, BertForPreTraining, GPT2DoubleHeadsModel)
+# compiled they project every token: of their loss, nn.CrossEntropyLoss, torch.compile knows the arguments to be tensors
+_EAGER_LOSS = (BertForPreTraining, GPT2DoubleHeadsModel)
 _HOMES = {bert.__name__: fused_bert, gpt2.__name__: fused_gpt2}  # by the module where transformers defines a class
 
 
@@ -65,9 +65,17 @@ def install(model, names, own=False):
             module.__class__ = getattr(home, type(module).__name__)
             module.fuse = frozenset([*mine, *["eager"] * eager, *["own"] * own])
     for module in model.modules():
-        if "cross_entropy" in names and isinstance(module, _LM_HEADS) and module.loss_type is None:
+        if "cross_entropy" not in names or not isinstance(module, _LM_HEADS) or "fuse" in vars(module):
+            continue
+        mine = {"own"} if own else set()
+        if module.loss_type is None:
             # transformers would take the same loss, with a warning that torch.compile cannot trace
-            module.loss_type, module.fuse = "ForCausalLM", frozenset({"loss_type"})
+            module.loss_type = "ForCausalLM"
+            mine.add("loss_type")
+        if isinstance(module, BertForMaskedLM):
+            compiled_loss.install(module)
+            mine.add("labels")
+        module.fuse = frozenset(mine)
 
 
 def remove(model):
@@ -78,6 +86,8 @@ def remove(model):
             continue
         if "loss_type" in fuse:
             module.loss_type = None
-        else:
+        if "labels" in fuse:
+            hooks.remove(module, compiled_loss.ids(module))
+        if not isinstance(module, _LM_HEADS):
             module.__class__ = next(cls for cls in type(module).__bases__ if issubclass(cls, nn.Module))
         del module.fuse
