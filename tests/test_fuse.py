@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from eval_case import fresh_accelerate  # noqa: F401
 from head_models import HEADS, inputs, tensors, vanilla_model
 from peft import LoraConfig, get_peft_model
 from tiny_models import MODELS, assert_all_same, assert_same, token_ids, working_dtype
@@ -113,6 +114,26 @@ def test_num_items_in_batch_and_accumulation(device):
         for batch in batches:
             model(**batch, num_items_in_batch=count).loss.backward()
     assert_all_same(*({key: weight.grad for key, weight in model.named_parameters()} for model in models))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("name", MODELS)
+def test_trainer(name, tmp_path):
+    """With accumulated gradients; its evaluation reads logits."""
+    base, data, results = MODELS[name](), [{"input_ids": ids, "labels": ids.clone()} for ids in token_ids(batch=8)], []
+    for fuse in (False, True):
+        model = patch(copy.deepcopy(base), fuse=fuse)
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3, "report_to": []}
+        options |= {"learning_rate": 1e-3, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+        trainer = transformers.Trainer(
+            model,
+            transformers.TrainingArguments(tmp_path, **options),
+            train_dataset=data,
+            eval_dataset=data,
+            compute_metrics=lambda found: {"mean": found.predictions.mean()},
+        )
+        results.append([trainer.train().training_loss, *map(trainer.evaluate().get, ("eval_loss", "eval_mean"))])
+    assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "GPT2LMHeadModel"])

@@ -9,6 +9,7 @@ from transformers import (
     GPT2DoubleHeadsModel,
     GPT2LMHeadModel,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 
@@ -68,10 +69,11 @@ def install(model, names, own=False):
         if "cross_entropy" not in names or not isinstance(module, _LM_HEADS) or "fuse" in vars(module):
             continue
         mine = {"own"} if own else set()
-        if module.loss_type is None:
-            # transformers would take the same loss, with a warning that torch.compile cannot trace
-            module.loss_type = "ForCausalLM"
-            mine.add("loss_type")
+        if module.loss_type is None and not hasattr(module, "_loss_function"):
+            # transformers would take the same loss, with a warning that torch.compile cannot trace. Not the loss_type,
+            # by which Trainer decides what it counts as num_items_in_batch
+            module.loss_function = ForCausalLMLoss
+            mine.add("loss_function")
         if isinstance(module, BertForMaskedLM):
             compiled_loss.install(module)
             mine.add("labels")
@@ -84,8 +86,8 @@ def remove(model):
         fuse = vars(module).get("fuse")
         if fuse is None or "own" in fuse:
             continue
-        if "loss_type" in fuse:
-            module.loss_type = None
+        if "loss_function" in fuse:
+            del module._loss_function
         if "labels" in fuse:
             hooks.remove(module, compiled_loss.ids(module))
         if not isinstance(module, _LM_HEADS):
