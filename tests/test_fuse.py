@@ -137,19 +137,24 @@ def test_trainer(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "GPT2LMHeadModel"])
-def test_dropout_and_checkpointing(name):
-    """On a CPU the masks are drawn in the order of transformers; recomputed activations have the same ones."""
+def test_dropout_and_checkpointing(device, name):
+    """Recomputed activations have the same masks; on a CPU these are drawn as transformers draws them."""
     options = {"hidden_dropout_prob": 0.2} if name[0] == "B" else {"resid_pdrop": 0.2, "embd_pdrop": 0.2}
-    fused, plain, truth = triplet(name, torch.device("cpu"), **options)
+    fused, plain, truth = triplet(name, device, **options)
     again = copy.deepcopy(fused)
     again.gradient_checkpointing_enable()
-    batch, gradients = inputs(name)[1], []
+    batch, gradients = inputs(name, device)[1], []
     for model in (fused, plain, truth, again):
         torch.manual_seed(3)
         model(**batch).loss.backward()
         gradients.append({key: weight.grad for key, weight in model.named_parameters()})
-    assert_all_same(*gradients[:3])
-    assert_all_same(gradients[3], *gradients[1:3])
+    if device.type == "cpu":
+        assert_all_same(*gradients[:3])
+    for key, gradient in gradients[0].items():  # a GPU adds in any order
+        size = gradient.abs().max().item()
+        torch.testing.assert_close(
+            gradients[3][key], gradient, rtol=0, atol=(1e-5 if device.type == "cpu" else 0.02) * size
+        )
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "GPT2LMHeadModel"])

@@ -141,6 +141,19 @@ def test_project_qkv(device, transposed):
     check(ours, reference, target, (2, 9, 24), *shapes)
 
 
+def test_a_captured_graph_projects_every_token(target, monkeypatch):
+    """It cannot know how many have a label: the others, marked by -1, give no loss and no gradient."""
+    device, _ = target
+    labels = torch.tensor([3, -100, 0, -100, 5], device=device)
+    everything = (None, torch.where(labels == -100, -1, labels))
+    monkeypatch.setattr(cross_entropy, "_select", lambda x, *rest: (everything[0], x, everything[1]))
+    check(
+        lambda x, w: linear_cross_entropy(x, w, None, labels),
+        lambda x, w: F.cross_entropy((x @ w.t()).to(torch.promote_types(x.dtype, torch.float32)), labels),
+        target, (5, 24), (97, 24),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("limit", [1, 30_000, 1 << 30], ids=["rows of one", "chunks", "whole"])
