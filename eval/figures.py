@@ -133,3 +133,60 @@ def draw_lra(rows, facts, path):
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7, ncols=3)
     figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=6, wrap=True)
     figure.savefig(path, dpi=150)
+
+
+def draw_training(rows, facts, path):
+    """Tokens a second over the length, a panel for each (model, padding, processes). rows: those of
+    bench_training.py."""
+    rows = [row for row in rows if row["status"] == "ok"]
+    panels = sorted({(row["model"], str(row["padded"]), str(row["processes"])) for row in rows})
+    if not panels:
+        return
+    labels = {"eager": "transformers, eager", "sdpa": "SDPA", "sdpa_compile": "SDPA, torch.compile"}
+    labels |= {"flash_models": "flash-models, fused", "flash_models_compile": "flash-models, fused, torch.compile"}
+    colors = {"eager": "#c9ccd1", "sdpa": "#8d96a3", "sdpa_compile": "#2e4057"}
+    colors |= {"flash_models": "#d1495b", "flash_models_compile": "#edae49"}
+    figure = Figure(figsize=(max(3.3 * len(panels), 5), 3.4), layout="constrained")
+    for axes, (model, padded, processes) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        mine = [row for row in rows if (row["model"], str(row["padded"]), str(row["processes"]))
+                == (model, padded, processes)]  # fmt: skip
+        for name, label in labels.items():
+            points = sorted(
+                (int(row["length"]), float(row["tokens_per_second"])) for row in mine if row["variant"] == name
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colors[name], label=label)
+        lengths = sorted({int(row["length"]) for row in mine})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length // 1024}K" if length >= 1024 else str(length) for length in lengths])
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        title = model + (", padded" if padded == "1" else "")
+        axes.set_title(title + (f", {processes} processes" if processes != "1" else ""), fontsize=9)
+        axes.set_xlabel("sequence length (tokens)", fontsize=8)
+    first = figure.axes[0]
+    first.set_ylabel("tokens/s")
+    first.legend(fontsize=6)
+    figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=7, wrap=True)
+    figure.savefig(path, dpi=130)
+
+
+def draw_loss_curves(curves, window, facts, path):
+    """Smoothed losses over steps, and below each one's difference from the first. curves: {name: array}, whose first
+    point is at step `window`."""
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    first = next(iter(curves.values()))
+    steps = range(window, window + len(first))
+    for number, (name, losses) in enumerate(curves.items()):
+        style = {"color": ("#2e4057", "#d1495b", "#8d96a3")[number % 3], "linewidth": 1.2}
+        above.plot(steps, losses, label=name.replace("_", " "), linestyle="--" if number == 1 else "-", **style)
+        if number:
+            below.plot(steps, losses - first, **style)
+    above.set_ylabel(f"training loss, mean of {window} steps")
+    below.set(xlabel="step", ylabel="difference")
+    above.legend(fontsize=8)
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=7, wrap=True)
+    figure.savefig(path, dpi=130)

@@ -18,7 +18,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2PreTrained
 from . import layouts
 from ._config_layout import config_layout
 from ._sdpa import sdpa_attention, why_not_kernel
-from .models import hooks
+from .models import fusing, hooks
 from .models.configuration import IO_AWARE
 from .models.hooks import may_look
 from .models.rotary import is_rotary, rotary_tables, rotate
@@ -216,7 +216,7 @@ _BEFORE_PATCH = "_before_io_aware_patch"
 _NOT_SET = "not set"
 
 
-def patch(model, block_sparse=None, unpad=False):
+def patch(model, block_sparse=None, unpad=False, fuse=False):
     """Switch every BERT and GPT-2 inside `model` to this library's attention, in place. Returns `model`.
 
     model: any nn.Module that holds Hugging Face BERT or GPT-2 layers. Weights, outputs and the saved checkpoint stay
@@ -224,6 +224,13 @@ def patch(model, block_sparse=None, unpad=False):
     self-attention then sees only the blocks of the pattern. unpad: every BERT encoder computes on the real tokens of
     the attention_mask only, in all its layers; what it returns for padding is 0. A compiled model, a decoder, and a
     call that asks for the results of every layer keep the padding. `unpatch(model)` restores the model.
+
+    fuse: True, or some of {"gelu", "norm", "qkv", "cross_entropy", "cache"}, for fewer passes over memory in a training
+    step: bias and GELU; bias, dropout, residual and LayerNorm; queries, keys and values; the projection to the
+    vocabulary and its cross-entropy, of tokens with a label only; and no key-value cache in training. With
+    "cross_entropy" the `logits` that a language model returns in training are a `flash_models.models.logits.Logits`,
+    computed when they are read; in evaluation they are a tensor as ever. Under autocast "norm" hands hidden states on
+    in the lower dtype. Adapters, quantized layers and hooks keep working: what is not a plain layer is called as such.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")
@@ -232,6 +239,7 @@ def patch(model, block_sparse=None, unpad=False):
             f"{type(model).__name__} holds no Hugging Face BERT or GPT-2 attention, so there is nothing to patch. "
             f"Other transformers models can use the kernels through model.set_attn_implementation({IO_AWARE!r})"
         )
+    fusions = fusing.check_fusions(fuse)
     patched = [module for module in model.modules() if isinstance(module, _PATCHABLE_CLASSES)]
     if any(module.config.output_attentions for module in patched):
         raise ValueError(
@@ -250,16 +258,18 @@ def patch(model, block_sparse=None, unpad=False):
             before = config._attn_implementation, getattr(config, "block_sparse", _NOT_SET), []
             setattr(module, _BEFORE_PATCH, before)
         if isinstance(module, (BertModel, GPT2Model)):
-            before[2].extend(hooks.install(module, unpad and isinstance(module, BertModel)))
+            before[2].extend(hooks.install(module, unpad and isinstance(module, BertModel), "cache" in fusions))
     for module in patched:  # a config is shared by many modules: all have been read before the first is written
         module.config._attn_implementation = IO_AWARE
         if block_sparse is not None:
             module.config.block_sparse = dict(block_sparse)
+    fusing.install(model, fusions)
     return model
 
 
 def unpatch(model):
     """Undo `patch(model)`, in place: attention and configs are as before. Returns `model`."""
+    fusing.remove(model)
     for module in model.modules():
         if not hasattr(module, _BEFORE_PATCH):
             continue

@@ -51,7 +51,7 @@ def main(way):
     ids, truth, model = token_ids(batch=EXAMPLES), MODELS["bert"](), MODELS["bert"]()
     model.load_state_dict(truth.state_dict())
     step(truth, torch.optim.SGD(truth.parameters(), lr=0.1), ids)
-    trained = step_on_two(way, patch(model), ids)
+    trained = step_on_two(way, patch(model, fuse=True), ids)
     for key, weight in trained.named_parameters():
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
         torch.testing.assert_close(whole, truth.get_parameter(key), atol=1e-6, rtol=1e-5)

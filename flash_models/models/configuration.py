@@ -22,6 +22,7 @@ class FlashConfigMixin(OwnCode):
     position_embedding_type: str = "absolute"
     block_sparse: dict | None = None
     rotary_max_wavelength: float | int = 65536.0
+    fuse: bool | list = False
 
     def __post_init__(self, **kwargs):
         if kwargs.get("attn_implementation") is None and not kwargs.get("output_attentions"):
@@ -55,6 +56,7 @@ class FlashBertConfig(FlashConfigMixin, BertConfig):
         num_global_tokens: tokens in front of an image. They are not rotated, and pattern grid_2d makes them global.
         image_block_size: 64 or 128, the `layouts.tile_order` in which the pixels of an image are stored (rotary_2d).
         rotary_max_wavelength: longest wavelength of the rotation in tokens or pixels.
+        fuse: False, True or a list of fusions, as in `flash_models.patch`: faster training steps.
     """
 
     model_type = "flash_bert"
@@ -77,6 +79,7 @@ class FlashGPT2Config(FlashConfigMixin, GPT2Config):
             `n_positions` does not bind it.
         block_sparse: None for exact attention, or a dict as in `layouts.from_config`; always causal too.
         rotary_max_wavelength: longest wavelength of the rotation in tokens.
+        fuse: False, True or a list of fusions, as in `flash_models.patch`: faster training steps.
     """
 
     model_type = "flash_gpt2"

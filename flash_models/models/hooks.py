@@ -87,6 +87,14 @@ def before_model(module, args, kwargs):
     return args, kwargs
 
 
+def no_cache_in_training(module, args, kwargs):
+    """Forward pre-hook of a BertModel or GPT2Model: config.use_cache is meant for generate; in training a cache would
+    copy every key and value for nothing."""
+    if module.training and len(args) < 2 and kwargs.get("past_key_values") is kwargs.get("use_cache") is None:
+        kwargs["use_cache"] = False
+    return args, kwargs
+
+
 def drop_padding(module, args, kwargs):
     """Forward pre-hook of a BertModel that is to compute on real tokens only, after `before_model`.
 
@@ -134,10 +142,13 @@ def scatter_tokens(module, args, kwargs, output):
     output.last_hidden_state = padded.unflatten(0, shape)
 
 
-def install(model, unpad):
+def install(model, unpad=False, no_cache=False):
     """Hook `model`, a BertModel or GPT2Model. Returns [(name of a submodule, id of its hook)], for `remove`."""
-    before = () if before_model in model._forward_pre_hooks.values() else (("", before_model),)
-    if unpad and drop_padding not in model._forward_pre_hooks.values():
+    present = model._forward_pre_hooks.values()
+    before = () if before_model in present else (("", before_model),)
+    if no_cache and no_cache_in_training not in present:
+        before = (("", no_cache_in_training), *before)
+    if unpad and drop_padding not in present:
         before += ("", drop_padding), ("encoder", gather_tokens)
     ids = []
     for name, hook in before:

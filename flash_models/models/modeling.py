@@ -6,14 +6,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationMixin, GPT2PreTrainedModel
 
-from . import hooks
+from . import fusing, hooks
 from .auto import OwnCode
 from .configuration import IO_AWARE, FlashBertConfig, FlashGPT2Config
 from .rotary import is_rotary
 
 
 def _before_forward(module, args, kwargs):
-    """Forward pre-hook of a BertModel or GPT2Model: refuse a wrong attention; no key-value cache while training."""
+    """Forward pre-hook of a BertModel or GPT2Model: refuse a wrong attention."""
     config = module.config
     implementation = config._attn_implementation
     if implementation != IO_AWARE and (is_rotary(config) or config.block_sparse is not None):
@@ -22,10 +22,6 @@ def _before_forward(module, args, kwargs):
             f"this model has {what}, which attn_implementation={implementation!r} would silently leave out; "
             f"use {IO_AWARE!r}"
         )
-    # config.use_cache is meant for generate; in training the cache would copy every key and value for nothing
-    if module.training and len(args) < 2 and kwargs.get("past_key_values") is kwargs.get("use_cache") is None:
-        kwargs["use_cache"] = False
-    return args, kwargs
 
 
 class FlashMixin(OwnCode):
@@ -40,10 +36,11 @@ class FlashMixin(OwnCode):
             )
         super().__init__(config, *args, **kwargs)
         self.base_model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-        hooks.install(self.base_model, unpad=False)
+        hooks.install(self.base_model, no_cache=True)
         if isinstance(self, GenerationMixin) and self.loss_type is None:
             # transformers would take the same loss, with a warning that torch.compile cannot trace
             self.loss_type = "ForCausalLM"
+        fusing.install(self, fusing.check_fusions(config.fuse), own=True)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

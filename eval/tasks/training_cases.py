@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What bench_training.py times: models of random weights, batches of random tokens, and who trains them."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+from flash_models import patch
+
+MODELS = {  # name: (hidden size, layers, heads)
+    "bert-large": (1024, 24, 16),
+    "bert-base": (768, 12, 12),
+    "gpt2": (768, 12, 12),
+    "gpt2-medium": (1024, 24, 16),
+    "bert-mini": (256, 4, 4),
+    "gpt2-mini": (256, 4, 4),
+}
+VARIANTS = {  # name: (attention of transformers or None for ours, compiled)
+    "eager": ("eager", False),
+    "sdpa": ("sdpa", False),
+    "sdpa_compile": ("sdpa", True),
+    "flash_models": (None, False),
+    "flash_models_compile": (None, True),
+}
+MASKED = 0.15  # of BERT's tokens
+PEAK_FLOPS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}  # dense bfloat16, as NVIDIA publishes them
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    batch: int  # sequences of one process
+    length: int
+    padded: bool  # lengths uniform in length / 4 .. length, filled up on the right
+
+    @property
+    def is_bert(self):
+        return self.model.startswith("bert")
+
+    def config(self, attention, dropout=True):
+        """At transformers' defaults, with as many positions as the case needs."""
+        hidden, layers, heads = MODELS[self.model]
+        common = {"attn_implementation": attention, "use_cache": False}
+        if self.is_bert:
+            rates = {} if dropout else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            return BertConfig(
+                hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                intermediate_size=4 * hidden, max_position_embeddings=self.length, **rates, **common,
+            )  # fmt: skip
+        rates = {} if dropout else {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+        return GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=self.length, **rates, **common)
+
+    def build(self, variant, device, dropout=True, seed=0):
+        """The model in training mode, not compiled yet."""
+        attention, compiled = VARIANTS[variant]
+        torch.manual_seed(seed)
+        with torch.device(device):
+            config = self.config(attention or "sdpa", dropout)
+            model = BertForMaskedLM(config) if self.is_bert else GPT2LMHeadModel(config)
+        model.loss_type = "ForMaskedLM" if self.is_bert else "ForCausalLM"  # GPT-2's default, without a graph break
+        if attention is None:
+            # a compiled model cannot look at a mask, so it keeps the padding
+            patch(model, fuse=True, unpad=self.is_bert and self.padded and not compiled)
+        return model.train()
+
+    def batches(self, count, device, seed=0):
+        """`count` batches: input_ids, labels and, where padded, attention_mask."""
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary, made = self.config("sdpa").vocab_size, []
+        for _ in range(count):
+            shape = self.batch, self.length
+            ids = torch.randint(1000, vocabulary, shape, generator=generator)
+            labels = ids.clone()
+            if self.is_bert:
+                labels[torch.rand(shape, generator=generator) >= MASKED] = -100
+            batch = {"input_ids": ids, "labels": labels}
+            if self.padded:
+                lengths = torch.randint(self.length // 4, self.length + 1, (self.batch, 1), generator=generator)
+                mask = torch.arange(self.length) < lengths
+                batch["attention_mask"] = mask.long()
+                ids[~mask] = 0
+                labels[~mask] = -100
+            made.append({key: value.to(device) for key, value in batch.items()})
+        return made
+
+    def flop(self, batch):
+        """Of forward and backward on the tokens that are not padding, and on BERT's vocabulary where there is a label:
+        6 for each weight and token, and 12 S^2 N a layer for attention, halved when causal."""
+        hidden, layers, _ = MODELS[self.model]
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        lengths = mask.sum(1).double()
+        projected = (batch["labels"] != -100).sum().item()
+        weights = 6 * 12 * hidden**2 * layers * lengths.sum().item()
+        attention = 12 * hidden * layers * lengths.square().sum().item() * (1 if self.is_bert else 0.5)
+        head = 6 * projected * hidden * self.config("sdpa").vocab_size
+        return weights + attention + head + (6 * projected * hidden**2 if self.is_bert else 0)
+
+    def tokens(self, batch):
+        return int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
+
+
+def peak_flops(name):
+    """Of a GPU by its name; None where it is not known."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bias and GELU (arXiv 1606.08415), exact or by tanh, in one pass; the bias's gradient in the pass of the backward."""
+
+import torch
+from torch.nn import functional as F
+
+from .dispatch import column_sums, use_triton
+
+
+def bias_gelu(x, bias, approximate="none"):
+    """gelu(x + bias), in x's dtype; x (..., N), bias (N,) or None; approximate: "none" or "tanh", as F.gelu has it."""
+    if use_triton(x):
+        return _BiasGelu.apply(x, bias, approximate == "tanh")
+    return F.gelu(x if bias is None else (x + bias).to(x.dtype), approximate=approximate)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, tanh):
+        from .gelu_kernels import gelu_forward
+
+        x = x.contiguous()
+        ctx.save_for_backward(x, bias)
+        ctx.tanh = tanh
+        return gelu_forward(x, bias, tanh)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        from .gelu_kernels import gelu_backward
+
+        x, bias = ctx.saved_tensors
+        dx, partial = gelu_backward(dout.contiguous(), x, bias, ctx.tanh)
+        dbias = None if bias is None else column_sums(partial, 1, [bias.dtype])[0]
+        return dx, dbias, None

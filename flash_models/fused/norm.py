@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ends a sublayer: bias, dropout, the residual's sum and LayerNorm (arXiv 1607.06450), in one pass.
+
+Statistics and sums are float32 whatever the dtypes. A normalised result has the dtype of the matrix product that reads
+it, which under autocast is the lower one: transformers writes float32 there and casts.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from .dispatch import column_sums, compute_dtype, use_triton
+
+MAX_COLUMNS = 8192  # a row is held in the registers of one program
+
+
+def layer_norm(x, norm):
+    """The nn.LayerNorm `norm` of x (..., N)."""
+    return _run(None, None, x, norm, 0.0)[1]
+
+
+def norm_and_residual(x, norm):
+    """(the nn.LayerNorm `norm` of x (..., N), x): the backward adds the gradients of both in its one pass, where that
+    of an x used twice takes another."""
+    total, normal = _run(None, None, x, norm, 0.0)
+    return normal, total
+
+
+def dropout_add(x, bias, residual, p):
+    """residual + dropout(x + bias) in the dtype of residual and x together; x, residual (..., N), bias (N,) or None."""
+    return _run(x, bias, residual, None, p)[0]
+
+
+def dropout_add_norm(x, bias, residual, norm, p):
+    """(the sum of `dropout_add`, the nn.LayerNorm `norm` of it)."""
+    return _run(x, bias, residual, norm, p)
+
+
+def _plain(x, bias, residual, norm, p):
+    total = residual
+    if x is not None:
+        total = F.dropout(x if bias is None else x + bias, p) + residual
+        total = total.to(torch.promote_types(x.dtype, residual.dtype))
+    if norm is None:
+        return total, None
+    normal = F.layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return total, normal.to(compute_dtype(total))
+
+
+def _run(x, bias, residual, norm, p):
+    wide = residual.shape[-1] > MAX_COLUMNS
+    affine = norm is None or norm.weight is not None and norm.bias is not None
+    if wide or not affine or not use_triton(residual):
+        return _plain(x, bias, residual, norm, p)
+    weight, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    return _DropoutAddNorm.apply(x, bias, residual, weight, shift, eps, p, compute_dtype(residual))
+
+
+class _DropoutAddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, residual, weight, shift, eps, p, dtype):
+        from .norm_kernels import norm_forward
+
+        x, residual = None if x is None else x.contiguous(), residual.contiguous()
+        # a tensor on the device, so that CUDA graphs and activation checkpointing draw what they should
+        seed = torch.randint(2**62, (1,), device=residual.device) if p > 0 and x is not None else None
+        total, out, mean, rstd = norm_forward(x, bias, residual, weight, shift, eps, p, seed, dtype)
+        ctx.save_for_backward(total if weight is not None else None, mean, rstd, weight, seed)
+        ctx.p = p
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, bias, residual, weight, shift)]
+        ctx.set_materialize_grads(False)  # BERT does not use the sum: no zeros for its gradient
+        return total, out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dtotal, dout):
+        from .norm_kernels import norm_backward
+
+        total, mean, rstd, weight, seed = ctx.saved_tensors
+        x_dtype, bias_dtype, residual_dtype, weight_dtype, shift_dtype = ctx.dtypes
+        if dtotal is None and dout is None:
+            return (None,) * 8
+        dtotal, dout = (None if t is None else t.contiguous() for t in (dtotal, dout))
+        dx, dresidual, partial = norm_backward(
+            dtotal, dout, total, mean, rstd, weight, seed, ctx.p, x_dtype, residual_dtype, bias_dtype is not None
+        )
+        names = [bias_dtype] if bias_dtype is not None else []
+        names += [weight_dtype, shift_dtype] if dout is not None else []
+        sums = column_sums(partial, len(names), names) if names else []
+        dbias = sums.pop(0) if bias_dtype is not None else None
+        dweight, dshift = sums or (None, None)
+        return dx, dbias, dresidual, dweight, dshift, None, None, None

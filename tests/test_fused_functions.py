@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions of flash_models.fused, plain and as Triton kernels, against torch's own.
+
+The kernels run on CUDA, and on a CPU in Triton's interpreter where Triton is installed:
+TRITON_INTERPRET=1 python -m pytest tests/test_fused_functions.py
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from numerics import assert_as_accurate_as
+from torch import nn
+from torch.nn import functional as F
+
+from flash_models.fused import (
+    bias_gelu,
+    cross_entropy,
+    dropout_add,
+    dropout_add_norm,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+    norm,
+    norm_and_residual,
+    project_qkv,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+FORMS = ["plain", "kernel"]
+
+
+@pytest.fixture(params=FORMS)
+def target(request, device, monkeypatch):
+    """device, dtype, of a form."""
+    if request.param == "kernel" and device.type == "cpu" and not INTERPRETED:
+        pytest.skip("the kernels need CUDA, or Triton and TRITON_INTERPRET=1")
+    for module in (gelu, norm, cross_entropy):
+        monkeypatch.setattr(module, "use_triton", lambda tensor: request.param == "kernel")
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def check(function, reference, target, *shapes, dtypes=()):
+    """Outputs and gradients of `function` of normal random inputs, against `reference` of the same."""
+    device, dtype = target
+    wide = torch.float64
+    dtypes = dtypes or (dtype,) * len(shapes)
+    inputs = [torch.randn(shape, device=device).to(kind) for shape, kind in zip(shapes, dtypes, strict=True)]
+    found = []
+    for call, kind in ((function, None), (reference, None), (reference, wide)):
+        mine = [t.detach().to(kind or t.dtype).requires_grad_() for t in inputs]
+        out = call(*mine)
+        outs = list(out) if isinstance(out, tuple) else [out]
+        torch.manual_seed(1)
+        gradients = [torch.randn(o.shape, device=device).to(o.dtype) for o in outs]
+        found.append([*outs, *torch.autograd.grad(outs, mine, gradients)])
+    for number, (actual, plain, truth) in enumerate(zip(*found, strict=True)):
+        assert_as_accurate_as(actual, plain, truth, name=f"result {number}", noise=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 96), (65, 1032), (1, 5)])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_bias_gelu(target, approximate, shape):
+    def reference(x, b):
+        return F.gelu(x + b, approximate=approximate)
+
+    check(lambda x, b: bias_gelu(x, b, approximate), reference, target, shape, shape[-1:])
+    check(lambda x: bias_gelu(x, None, approximate), lambda x: F.gelu(x, approximate=approximate), target, shape)
+
+
+def _norm(weight, bias):
+    module = nn.LayerNorm(weight.shape, eps=1e-5)
+    del module.weight, module.bias
+    module.weight, module.bias = weight, bias
+    return module
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 96), (33, 1000), (1, 16)])
+def test_norms(target, shape):
+    column = shape[-1:]
+
+    def both(x, b, r, w, s):
+        return x + b + r, F.layer_norm(x + b + r, column, w, s)
+
+    check(lambda x, b, r, w, s: dropout_add_norm(x, b, r, _norm(w, s), 0.0), both, target,
+          shape, column, shape, column, column)  # fmt: skip
+    check(lambda x, b, r, w, s: dropout_add_norm(x, b, r, _norm(w, s), 0.0)[1], lambda *a: both(*a)[1], target,
+          shape, column, shape, column, column)  # fmt: skip
+    check(lambda x, b, r: dropout_add(x, b, r, 0.0), lambda x, b, r: x + b + r, target, shape, column, shape)
+    check(lambda x, w, s: norm_and_residual(x, _norm(w, s)), lambda x, w, s: (F.layer_norm(x, column, w, s), 1 * x),
+          target, shape, column, column)  # fmt: skip
+    check(lambda x, w, s: layer_norm(x, _norm(w, s)), lambda x, w, s: F.layer_norm(x, column, w, s), target,
+          shape, column, column)  # fmt: skip
+
+
+def test_a_wide_residual_stays_wide(target):
+    """As under autocast: the sum is float32, what a matrix product reads is not."""
+    device, _ = target
+    x, residual = torch.randn(5, 64, device=device).bfloat16(), torch.randn(5, 64, device=device)
+    module = nn.LayerNorm(64, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        total, normal = dropout_add_norm(x, None, residual, module, 0.0)
+    assert total.dtype == torch.float32 and normal.dtype == torch.bfloat16
+    assert torch.equal(total, x.float() + residual)
+    torch.testing.assert_close(normal, module(total).bfloat16(), atol=0.02, rtol=0.01)
+
+
+def test_dropout_drops_the_same_in_the_backward(target):
+    device, dtype = target
+    x = torch.ones(200, 96, device=device, dtype=dtype, requires_grad=True)
+    residual = torch.zeros_like(x)
+    torch.manual_seed(5)
+    out = dropout_add(x, None, residual, 0.3)
+    kept = out != 0
+    assert 0.67 < kept.float().mean() < 0.73 and out.max().item() == pytest.approx(1 / 0.7, rel=0.01)
+    rows = kept.float().mean(1)
+    assert 0 < rows.var() < 4 * 0.21 / 96  # independent: no row is a copy of another
+    assert not torch.equal(kept[0], kept[1])
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient != 0, kept)
+    torch.manual_seed(5)
+    assert torch.equal(dropout_add(x, None, residual, 0.3), out)
+    assert not torch.equal(dropout_add(x, None, residual, 0.3), out)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_project_qkv(device, transposed):
+    target = device, torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    def reference(x, *parameters):
+        if transposed:
+            return (x @ parameters[0] + parameters[1]).chunk(3, -1)
+        return tuple(F.linear(x, *pair) for pair in zip(parameters[:3], parameters[3:], strict=True))
+
+    def ours(x, *parameters):
+        half = len(parameters) // 2
+        return project_qkv(x, parameters[:half], parameters[half:], transposed)
+
+    shapes = [(24, 96), (96,)] if transposed else [(32, 24)] * 3 + [(32,)] * 3
+    check(ours, reference, target, (2, 9, 24), *shapes)
+
+
+def test_a_captured_graph_projects_every_token(target, monkeypatch):
+    """It cannot know how many have a label: the others, marked by -1, give no loss and no gradient."""
+    device, _ = target
+    labels = torch.tensor([3, -100, 0, -100, 5], device=device)
+    everything = (None, torch.where(labels == -100, -1, labels))
+    monkeypatch.setattr(cross_entropy, "_select", lambda x, *rest: (everything[0], x, everything[1]))
+    check(
+        lambda x, w: linear_cross_entropy(x, w, None, labels),
+        lambda x, w: F.cross_entropy((x @ w.t()).to(torch.promote_types(x.dtype, torch.float32)), labels),
+        target, (5, 24), (97, 24),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("limit", [1, 30_000, 1 << 30], ids=["rows of one", "chunks", "whole"])
+def test_linear_cross_entropy(target, monkeypatch, limit, reduction, bias):
+    device, dtype = target
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS_BYTES", {device.type: limit})
+    rows, columns, vocabulary = (5, 24, 97) if limit == 1 else (150, 24, 97)
+    labels = torch.randint(0, vocabulary, (rows,), device=device)
+    labels[::4] = -100
+
+    def reference(x, w, b=None):
+        return F.cross_entropy(F.linear(x, w, b).to(torch.promote_types(x.dtype, torch.float32)), labels,
+                               reduction=reduction)  # fmt: skip
+
+    def ours(x, w, b=None):
+        return linear_cross_entropy(x, w, b, labels, reduction=reduction)
+
+    check(ours, reference, target, (rows, columns), (vocabulary, columns), *([(vocabulary,)] if bias else []))
+
+
+def test_linear_cross_entropy_in_float16_does_not_overflow(target):
+    """The gradient of the vocabulary's weight is the sum over many tokens of one label; a scaled loss scales it."""
+    device, _ = target
+    x = (30 * torch.ones(5000, 16, device=device)).half()
+    weight = torch.zeros(64, 16, device=device).half().requires_grad_()
+    labels = torch.zeros(5000, dtype=torch.long, device=device)
+    (linear_cross_entropy(x, weight, None, labels) * 64).backward()
+    assert weight.grad[0, 0].item() == pytest.approx(-(63 / 64) * 30 * 64, rel=0.01)
+
+
+def test_linear_cross_entropy_needs_only_what_is_asked_for(target):
+    device, dtype = target
+    x = torch.randn(9, 16, device=device, dtype=dtype, requires_grad=True)
+    weight, labels = torch.randn(20, 16, device=device, dtype=dtype), torch.arange(9, device=device)
+    linear_cross_entropy(x, weight, None, labels).backward()
+    expected = x.detach().clone().requires_grad_()
+    F.cross_entropy((expected @ weight.t()).float(), labels).backward()
+    torch.testing.assert_close(x.grad, expected.grad, atol=1e-6 if dtype == torch.float32 else 5e-3, rtol=1e-2)
+    assert weight.grad is None and not linear_cross_entropy(x.detach(), weight, None, labels).requires_grad
+
+
+def test_a_label_beyond_the_vocabulary_is_an_error():
+    x, weight = torch.randn(3, 8), torch.randn(11, 8)
+    for label in (11, -1):
+        with pytest.raises(RuntimeError, match=r"neither ignore_index \(-100\) nor in the vocabulary, 0 to 10"):
+            linear_cross_entropy(x, weight, None, torch.tensor([0, label, 3]))
