@@ -26,6 +26,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -142,12 +143,15 @@ def train(case, variant, accelerator, budget):
 
 
 def measure(case, variant, accelerator, budget):
-    """`train`, or why it could not be; then the memory is free again."""
+    """`train`, or why it could not be: one variant's failure does not lose the others. Then the memory is free."""
     torch.compiler.reset()  # or a layer would be compiled in more forms than torch keeps
     try:
         found = {"status": "ok", **train(case, variant, accelerator, budget)}
     except torch.OutOfMemoryError:
         found = {"status": "out of memory"}
+    except Exception as error:
+        traceback.print_exc()
+        found = {"status": f"failed: {type(error).__name__}"}
     gc.collect()
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -165,13 +169,14 @@ def add_speedups(rows):
 
 
 def kept_rows(path, header, fresh):
-    """The rows of an earlier run under the same conditions."""
+    """The rows of an earlier run under the same conditions; what failed there is tried again."""
     if fresh or not path.is_file():
         return []
     with path.open() as file:
         if file.readline().strip() != header:
             sys.exit(f"{path} was measured under other conditions; --fresh replaces it, --output_dir keeps both")
-        return [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
+        rows = [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
+    return [row for row in rows if not row["status"].startswith("failed")]
 
 
 def parse(argv):
@@ -241,6 +246,8 @@ def main(argv=None):
     if main_process:
         print(json.dumps({"benchmark": "training", **facts, "rows": rows, "rows_left": left, "csv": str(path)}))
     accelerator.end_training()
+    if any(row["status"].startswith("failed") for row in rows):
+        sys.exit("some variants failed, see above; the same command tries them again")
     return rows
 
 

@@ -70,6 +70,11 @@ def test_out_of_memory_is_a_row_and_time_is_kept(tmp_path, monkeypatch):
     rows = run(*options, "--output_dir", tmp_path / "a")
     assert [row["status"] for row in rows] == ["out of memory", "ok"] and "speedup_over_sdpa" not in rows[1]
     assert run(*options, "--output_dir", tmp_path / "b", "--max_minutes", "0") == []
+    monkeypatch.setattr(bench_training, "train", lambda *arguments: 1 / 0)
+    with pytest.raises(SystemExit, match="some variants failed"):
+        run(*options, "--output_dir", tmp_path / "c")
+    monkeypatch.setattr(bench_training, "train", train)
+    assert [row["status"] for row in run(*options, "--output_dir", tmp_path / "c")] == ["ok", "ok"]
 
 
 def test_a_wrong_gradient_is_not_timed(tmp_path, monkeypatch):

@@ -83,18 +83,13 @@ def _select(hidden, labels, ignore_index, vocabulary):
 
 
 # An op of its own, so that torch.compile takes it as one: how many tokens have a label is known only when it runs.
-@torch.library.custom_op("flash_models::linear_cross_entropy", mutates_args=())
-def _loss_and_gradients(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    ignore_index: int,
-    dtype: torch.dtype,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "flash_models::linear_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, ScalarType dtype, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _loss_and_gradients(hidden, weight, bias, labels, ignore_index, dtype, needs_hidden, needs_weight, needs_bias):
     """(summed loss, its gradients by hidden, weight (times WEIGHT_SCALE) and bias); empty where one is not needed."""
     vocabulary, size = weight.shape
     places, selected, labels = _select(hidden, labels, ignore_index, vocabulary)
