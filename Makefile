@@ -50,9 +50,13 @@ demo: $(READY)
 bench: $(READY)
 	$(PY) eval/bench_attention.py
 
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH="$(CURDIR)/build/sanitized" compute-sanitizer --error-exitcode 1
 sanitize: $(READY)
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH="$(CURDIR)" compute-sanitizer --tool memcheck --error-exitcode 1 $(lastword $(PY)) tests/run_every_kernel.py
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH="$(CURDIR)" compute-sanitizer --tool racecheck --error-exitcode 1 $(lastword $(PY)) tests/run_every_kernel.py
+	cmake -S kernels -B build/sanitize -G Ninja -DPython_EXECUTABLE="$$(command -v $(lastword $(PY)))" -DCMAKE_CUDA_FLAGS=-DFM_EVERY_LANE_ARRIVES
+	cmake --build build/sanitize
+	mkdir -p build/sanitized && cp -r flash_models build/sanitized/ && cmake --install build/sanitize --prefix build/sanitized --strip
+	$(SANITIZE) --tool memcheck $(lastword $(PY)) tests/run_every_kernel.py
+	$(SANITIZE) --tool racecheck $(lastword $(PY)) tests/run_every_kernel.py
 
 lint: $(READY)
 	$(WITH_TOOLS) pre-commit run --all-files

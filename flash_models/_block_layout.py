@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`BlockLayout`, the lists of blocks that the kernels walk, and how they are made from a mask of blocks."""
 
-from dataclasses import dataclass, field
+import dataclasses
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from ._schedule import make_schedule, piece_size
 
 BLOCK_SIZES = (64, 128)
+# Fields of a BlockLayout that the ops take, by name. Fields, because torch.compile cannot call a method of what is a
+# constant of the graph.
+LISTS = ("row_start", "row_index", "col_start", "col_index", "row_items", "col_items")
 MAX_BLOCKS = 2**31  # the lists count in int32
 
 
@@ -38,7 +41,7 @@ def listed_blocks(row_start, row_index, num_key_blocks):
     return mask.scatter_(2, block.long(), True)[..., :-1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class BlockLayout:
     """Lists of the blocks of the attention matrix that are computed, per row of blocks and per column of blocks.
 
@@ -57,16 +60,8 @@ class BlockLayout:
     col_index: torch.Tensor  # int32 (as row_index,)
     max_listed: int  # listed blocks of all Hl heads together, or more: what the host knows without asking the device
     names: tuple[str, ...] = ("block mask",)  # the pattern and its parameters, for figures; one, or one per head
-    row_items: torch.Tensor | None = field(init=False, default=None, repr=False)  # on CUDA: `work_items()`
-    col_items: torch.Tensor | None = field(init=False, default=None, repr=False)  # `work_items(transposed=True)`
-
-    def __post_init__(self):
-        if self.device.type != "cuda":
-            return
-        rows = self.work_items()
-        columns = rows if self.col_start is self.row_start else self.work_items(transposed=True)
-        object.__setattr__(self, "row_items", rows)
-        object.__setattr__(self, "col_items", columns)
+    row_items: torch.Tensor | None = None  # on CUDA, see `with_work_items`
+    col_items: torch.Tensor | None = None
 
     @property
     def num_heads(self):
@@ -92,30 +87,27 @@ class BlockLayout:
         mask = self.to_dense().repeat_interleave(self.block_size, 1).repeat_interleave(self.block_size, 2)
         return mask[:, : self.seqlen_q, : self.seqlen_k]
 
-    def work_items(self, transposed=False):
-        """What the CUDA kernels hand out: the rows (`transposed`: columns) in pieces, as of `make_schedule`."""
-        start, other = (self.col_start, self.row_start) if transposed else (self.row_start, self.col_start)
-        max_blocks = piece_size(start.shape[0] * (start.shape[1] - 1), self.max_listed)
-        return make_schedule(start, max_blocks, max_length=other.shape[1] - 1, max_listed=self.max_listed)
-
-    def op_arguments(self):
-        """The layout as the ops take it, by name."""
-        arguments = {
-            "row_start": self.row_start,
-            "row_index": self.row_index,
-            "col_start": self.col_start,
-            "col_index": self.col_index,
-            "block_size": self.block_size,
-        }
-        if self.row_items is not None:
-            arguments |= {"row_items": self.row_items, "col_items": self.col_items}
-        return arguments
-
     def plot(self, path):
         """Draw the pattern, heads that differ side by side, into the image file `path`. Needs matplotlib."""
         from ._plot import draw_layout
 
         draw_layout(self, path)
+
+
+def work_items(layout, transposed=False):
+    """The rows (`transposed`: columns) of `layout` in pieces, as of `make_schedule`."""
+    start, other = (layout.col_start, layout.row_start) if transposed else (layout.row_start, layout.col_start)
+    max_blocks = piece_size(start.shape[0] * (start.shape[1] - 1), layout.max_listed)
+    return make_schedule(start, max_blocks, max_length=other.shape[1] - 1, max_listed=layout.max_listed)
+
+
+def with_work_items(layout):
+    """`layout` with what the CUDA kernels hand out, where it is on CUDA. What makes a BlockLayout ends with this."""
+    if layout.device.type != "cuda":
+        return layout
+    rows = work_items(layout)
+    columns = rows if layout.col_start is layout.row_start else work_items(layout, transposed=True)
+    return dataclasses.replace(layout, row_items=rows, col_items=columns)
 
 
 def check_length(name, length):
@@ -154,4 +146,4 @@ def layout_of_mask(mask, seqlen_q, seqlen_k, block_size, *, max_listed=None, sym
     max_listed = mask.numel() if max_listed is None else min(max_listed, mask.numel())
     rows = block_lists(mask, max_listed)
     columns = rows if symmetric else block_lists(mask.transpose(1, 2), max_listed)
-    return BlockLayout(block_size, seqlen_q, seqlen_k, *rows, *columns, max_listed, (name,))
+    return with_work_items(BlockLayout(block_size, seqlen_q, seqlen_k, *rows, *columns, max_listed, (name,)))

@@ -156,7 +156,7 @@ def check_layout(layout, heads, seqlen_q, seqlen_k, device):
     block_size = layout.block_size
     if block_size not in (64, 128):
         raise ValueError(f"layout.block_size is {block_size}; expected 64 or 128")
-    lists, (rows, columns) = layout.row_start.shape[0], (layout.row_start.shape[1] - 1, layout.col_start.shape[1] - 1)
+    lists, rows, columns = layout.row_start.size(0), layout.row_start.size(1) - 1, layout.col_start.size(1) - 1
     if rows != -(-seqlen_q // block_size) or columns != -(-seqlen_k // block_size):
         raise ValueError(
             f"the layout has {rows} x {columns} blocks of {block_size}; {seqlen_q} queries and {seqlen_k} keys need "

@@ -6,6 +6,7 @@ import operator
 import torch
 
 from . import layouts
+from ._block_layout import LISTS
 
 
 @torch.compiler.assume_constant_result  # so that torch.compile makes the lists while tracing: constants of the graph
@@ -17,9 +18,9 @@ def _constant_layout(fields, seqlen, num_heads, device):
     if torch.compiler.is_compiling():
         # What torch._dynamo.mark_static does, which cannot be called while tracing. Else dynamic=True makes symbols of
         # the sizes of these constants, to which no argument gives a value.
-        for tensor in layout.op_arguments().values():
-            if isinstance(tensor, torch.Tensor):
-                tensor._dynamo_static_indices = {0, 1}
+        for name in LISTS:
+            if getattr(layout, name) is not None:
+                getattr(layout, name)._dynamo_static_indices = {0, 1}
     return layout
 
 

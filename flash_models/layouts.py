@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ._block_layout import BLOCK_SIZES, BlockLayout, check_block_size, check_count, listed_blocks
+from ._block_layout import BLOCK_SIZES, BlockLayout, check_block_size, check_count, listed_blocks, with_work_items
 from ._cache import cache_tensors
 from .patterns import (
     bigbird,
@@ -90,7 +90,7 @@ def per_head(layouts, num_heads=None):
     columns = (
         rows if all(layout.col_index is layout.row_index for layout in distinct) else joined("col_start", "col_index")
     )
-    return BlockLayout(
+    joint = BlockLayout(
         distinct[0].block_size,
         distinct[0].seqlen_q,
         distinct[0].seqlen_k,
@@ -99,6 +99,7 @@ def per_head(layouts, num_heads=None):
         sum(distinct[i].max_listed for i in of_head),
         tuple(distinct[i].names[0] for i in of_head),
     )
+    return with_work_items(joint)
 
 
 # pattern -> (required fields, optional fields) of `config.block_sparse`

@@ -9,6 +9,7 @@ their gradient are registered here.
 import torch
 
 from . import _library
+from ._block_layout import LISTS
 from ._checks import autocast_dtype, check_kv_range, check_layout, check_packed, check_qkv
 
 attention_fwd = torch.ops.flash_models.attention_fwd.default
@@ -106,8 +107,10 @@ def _checked_options(q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q
         check_kv_range(kv_range, batch, q.device, max_seqlen_k, k_lengths)
         options["kv_range"] = kv_range.contiguous()
     if layout is not None:
-        check_layout(layout, q.shape[-2], max_seqlen_q, max_seqlen_k, q.device)
-        options |= layout.op_arguments()
+        if not torch.compiler.is_compiling():  # torch 2.11 cannot guard sizes of what is constant in a graph
+            check_layout(layout, q.shape[-2], max_seqlen_q, max_seqlen_k, q.device)
+        options |= {name: getattr(layout, name) for name in LISTS if getattr(layout, name) is not None}
+        options["block_size"] = layout.block_size
     return options
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which keys a query sees, and which weights are dropped: `kv_range`, packed sequences, layouts and dropout."""
 
+import dataclasses
+
 import pytest
 import torch
 from attention_case import check, gradients, int32, packed, random_layout, random_qkv
@@ -91,7 +93,7 @@ def test_long_lines(layout_heads, block_size, causal, dropout_p, one_dtype):
         make_schedule(start, 16, max_length=40, max_listed=layout.max_listed, max_partial=3 * layout_heads)
         for start in (layout.row_start, layout.col_start)
     ]
-    layout.__dict__.update(row_items=items[0], col_items=items[1])
+    layout = dataclasses.replace(layout, row_items=items[0], col_items=items[1])
     assert all((item[:, 3] >= 0).sum() >= 2 * layout_heads for item in items)
     q, k, v = random_qkv(seqlen_q, seqlen_k, heads=2, **one_dtype)
     kv_range = int32([[0, seqlen_k], [300, seqlen_k - 200]], q.device)

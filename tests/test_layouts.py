@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_models import layouts
+from flash_models._block_layout import work_items
 from flash_models.layouts import from_block_mask, from_config, grid_2d, local, local_global, tile_order
 
 
@@ -231,7 +232,7 @@ def build_all(device):
     mixture = layouts.per_head(made, num_heads=8)
     for layout in (*made, mixture, from_block_mask(mask, 512, 512), grid_2d(64, 64, 1, 64, device=device)):
         layout.to_dense()
-        assert layout.work_items().shape[1] == layout.work_items(transposed=True).shape[1] == 4
+        assert work_items(layout).shape[1] == work_items(layout, transposed=True).shape[1] == 4
 
 
 def test_built_without_a_sort_or_a_wait(device):

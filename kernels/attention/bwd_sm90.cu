@@ -31,6 +31,7 @@
 #include "ring.cuh"
 #include "row_tiles.cuh"
 #include "softmax.cuh"
+#include "store_dq.cuh"
 #include "tickets.cuh"
 
 namespace flash_models {
@@ -93,18 +94,18 @@ struct BackwardShared {
   }
 
   __device__ __forceinline__ void init_barriers() const {
-    constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
+    constexpr int kReaders = 4 * Config::kWarpgroups * ptx::kWarpArrivals;
     ptx::mbarrier_init(raw(), 1);
-    for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), kConsumerWarps);
+    for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), kReaders);
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(q_full(stage), 2);  // Q; shift and delta
       ptx::mbarrier_init(dout_full(stage), 1);
-      ptx::mbarrier_init(q_empty(stage), kConsumerWarps);
-      ptx::mbarrier_init(dout_empty(stage), kConsumerWarps);
+      ptx::mbarrier_init(q_empty(stage), kReaders);
+      ptx::mbarrier_init(dout_empty(stage), kReaders);
     }
     for (int stage = 0; stage < Config::kKeyStages; ++stage) {
       ptx::mbarrier_init(kv_full(stage), 2);  // K and V
-      ptx::mbarrier_init(kv_empty(stage), kConsumerWarps);
+      ptx::mbarrier_init(kv_empty(stage), kReaders);
     }
     ptx::mbarrier_init_fence();
   }
@@ -367,34 +368,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
     consume<T, Config, kDropout>(p, g);
-  }
-}
-
-// dq = scale * dq_sum, one CTA a tile of 64 queries, four warps with 16 rows each.
-constexpr int kStoredRows = 64;
-
-template <typename T, int kDim, int kDqDim>
-__global__ void __launch_bounds__(128)
-    attention_bwd_store_dq_sm90(const __grid_constant__ AttentionProblem p,
-                                const __grid_constant__ AttentionGradients g, int query_tiles) {
-  const Lane lane;
-  const int warp = threadIdx.x / 32;
-  const Place place(p, blockIdx.x, query_tiles, false);
-  const Sequence s = sequence_of(p, place.batch);
-  const int q0 = place.tile * kStoredRows, row0 = q0 + 16 * warp;
-  if (q0 >= s.q_len) return;
-  const float factor[1][2] = {{p.scale, p.scale}};
-  T* out = static_cast<T*>(g.dq.data) + query_offset(g.dq, s, place.batch, place.head) + row0 * g.dq.seq;
-  const float* sum = dq_tile(p, g.dq_sum, s, place.batch, place.head, q0, kDim);
-#pragma unroll
-  for (int share = 0; share < kDim / kDqDim; ++share) {
-    alignas(16) float dq[1][kDqDim / 8][4];
-#pragma unroll
-    for (int n = 0; n < kDqDim / 8; ++n)
-      reinterpret_cast<float4&>(dq[0][n]) =
-          reinterpret_cast<const float4*>(sum + (4 * share + warp) * 16 * kDqDim + 128 * n)[lane.id];
-    store_fragments<T>(dq, factor, out + share * kDqDim, g.dq.seq, static_cast<int>(s.q_len) - row0,
-                       static_cast<int>(p.head_dim) - share * kDqDim, lane);
   }
 }
 

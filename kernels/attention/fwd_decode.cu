@@ -5,7 +5,7 @@
 // CTAs, and a second launch combines what they leave (arXiv 2205.14135, Section 3.1, applied across CTAs).
 //
 //   CTA         128 threads, a part of the keys of one (sequence, head, query)
-//   group       kLanes threads with 8 dimensions each: a row of K and V, kUnroll rows under way at a time
+//   group       kLanes threads with 8 dimensions each: a row of K and V; kUnroll rows are at work, as many under way
 //   partial     [item][split][kDim + 2] floats: sum of exp2(score - max) v, that sum without v, max; log2 units
 #include <algorithm>
 
@@ -15,7 +15,7 @@
 namespace flash_models {
 namespace {
 
-constexpr int kThreads = 128, kCtasPerSm = 4, kUnroll = 8, kMaxQueries = 4, kMinKeys = 256;  // of a CTA
+constexpr int kThreads = 128, kCtasPerSm = 4, kUnroll = 4, kMaxQueries = 4, kMinKeys = 256;  // of a CTA
 constexpr int kCombiningWarps = 16;
 
 // A query's softmax over some keys, 8 dimensions of it.
@@ -95,21 +95,30 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   const T* v = static_cast<const T*>(p.v.data) + key_offset(p.v, item.s, item.batch, item.head) + dim;
   const float scale_log2 = p.scale * kLog2e;
 
-  Partial result;
-  for (int key0 = begin + group; key0 - group < end; key0 += kUnroll * kGroups) {
-    uint4 rows_k[kUnroll] = {}, rows_v[kUnroll] = {};
+  uint4 rows_k[kUnroll], rows_v[kUnroll];
+  auto load = [&](int key0) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t key = key0 + u * kGroups;
+      rows_k[u] = rows_v[u] = {};
       if (key < end && has_dim) {
         rows_k[u] = *reinterpret_cast<const uint4*>(k + key * p.k.seq);
         rows_v[u] = *reinterpret_cast<const uint4*>(v + key * p.v.seq);
       }
     }
+  };
+
+  Partial result;
+  load(begin + group);
+  for (int key0 = begin + group; key0 - group < end; key0 += kUnroll * kGroups) {
+    uint4 now_k[kUnroll], now_v[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) now_k[u] = rows_k[u], now_v[u] = rows_v[u];
+    load(key0 + kUnroll * kGroups);  // under way while these are at work
     float scores[kUnroll], top = result.max, x[8];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      unpack<T>(x, rows_k[u]);
+      unpack<T>(x, now_k[u]);
       float dot = 0.0f;
 #pragma unroll
       for (int i = 0; i < 8; ++i) dot = fmaf(q[i], x[i], dot);
@@ -123,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const float probability = ptx::exp2_approx(scores[u] - shift);
-      unpack<T>(x, rows_v[u]);
+      unpack<T>(x, now_v[u]);
       result.sum += probability;
 #pragma unroll
       for (int i = 0; i < 8; ++i) result.acc[i] = fmaf(probability, x[i], result.acc[i]);

@@ -75,17 +75,17 @@ struct ForwardShared {
   __device__ __forceinline__ int* first_key(int stage) const { return reinterpret_cast<int*>(note(2)) + stage; }
 
   __device__ __forceinline__ void init_barriers() const {
-    constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
+    constexpr int kReaders = 4 * Config::kWarpgroups * ptx::kWarpArrivals;
     ptx::mbarrier_init(raw(), 1);
     for (int stage = 0; stage < 2; ++stage) {
       ptx::mbarrier_init(q_full(stage), 1);
-      ptx::mbarrier_init(q_empty(stage), kConsumerWarps);
+      ptx::mbarrier_init(q_empty(stage), kReaders);
     }
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(k_full(stage), 1);
       ptx::mbarrier_init(v_full(stage), 1);
-      ptx::mbarrier_init(k_empty(stage), kConsumerWarps);
-      ptx::mbarrier_init(v_empty(stage), kConsumerWarps);
+      ptx::mbarrier_init(k_empty(stage), kReaders);
+      ptx::mbarrier_init(v_empty(stage), kReaders);
     }
     ptx::mbarrier_init_fence();
   }

@@ -84,6 +84,7 @@ inline void compute_now(uint32_t&) {}
 
 inline int lane_id() { return emulation::thread % 32; }
 
+constexpr int kWarpArrivals = 1;
 inline void mbarrier_arrive_warp(uint32_t address) {
   __syncwarp();
   if (emulation::thread % 32 == 0) mbarrier_arrive(address);

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Last launch of the Hopper backward: the fp32 sum of dQ, scaled and rounded.
+#pragma once
+
+#include "dispatch.cuh"
+#include "hopper/tile.cuh"
+#include "row_tiles.cuh"
+
+namespace flash_models {
+
+// dq = scale * dq_sum, one CTA a tile of 64 queries, four warps with 16 rows each.
+constexpr int kStoredRows = 64;
+
+template <typename T, int kDim, int kDqDim>
+__global__ void __launch_bounds__(128)
+    attention_bwd_store_dq_sm90(const __grid_constant__ AttentionProblem p,
+                                const __grid_constant__ AttentionGradients g, int query_tiles) {
+  const Lane lane;
+  const int warp = threadIdx.x / 32;
+  const Place place(p, blockIdx.x, query_tiles, false);
+  const Sequence s = sequence_of(p, place.batch);
+  const int q0 = place.tile * kStoredRows, row0 = q0 + 16 * warp;
+  if (q0 >= s.q_len) return;
+  const float factor[1][2] = {{p.scale, p.scale}};
+  T* out = static_cast<T*>(g.dq.data) + query_offset(g.dq, s, place.batch, place.head) + row0 * g.dq.seq;
+  const float* sum = dq_tile(p, g.dq_sum, s, place.batch, place.head, q0, kDim);
+#pragma unroll
+  for (int share = 0; share < kDim / kDqDim; ++share) {
+    alignas(16) float dq[1][kDqDim / 8][4];
+#pragma unroll
+    for (int n = 0; n < kDqDim / 8; ++n)
+      reinterpret_cast<float4&>(dq[0][n]) =
+          reinterpret_cast<const float4*>(sum + (4 * share + warp) * 16 * kDqDim + 128 * n)[lane.id];
+    store_fragments<T>(dq, factor, out + share * kDqDim, g.dq.seq, static_cast<int>(s.q_len) - row0,
+                       static_cast<int>(p.head_dim) - share * kDqDim, lane);
+  }
+}
+
+}  // namespace flash_models
