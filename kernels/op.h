@@ -5,7 +5,6 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,6 +12,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -24,6 +24,24 @@ namespace flash_models {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+// The dispatcher's values, as a boxed function gets them. TORCH_BOX does the same for a function of that many
+// parameters, but copies every one of them.
+struct Stack {
+  StableIValue* next;
+
+  template <typename T>
+  T take() {
+    return torch::stable::detail::to<T>(*next++);
+  }
+};
+
+// The results of a boxed function, which take the place of its arguments.
+template <typename... Results>
+void give(StableIValue* values, const Results&... results) {
+  ((*values++ = torch::stable::detail::from(results)), ...);
+}
 
 inline std::string shape_of(const Tensor& t) {
   std::ostringstream text;
@@ -33,19 +51,38 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
-// torch::stable::new_empty for 2.9, which calls the operator; the one for 2.10 looks it up by its name every time.
-inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device = 0;
+inline Shape shape_vector(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+inline Shape contiguous_strides(const Shape& shape) {
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  return strides;
+}
+
+// On the device of `like`. Allocates; torch::stable::new_empty looks its operator up by name every time.
+inline Tensor empty_on(const Tensor& like, const Shape& shape, const Shape& strides, ScalarType dtype) {
+  int32_t device = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), static_cast<int64_t>(shape.size()),
-                                                          &type, nullptr, &device, like.get_device_index(), nullptr,
-                                                          &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &made));
   return Tensor(made);
 }
 
-inline Tensor zeros_on(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_zeros(like, shape, dtype);
+inline Tensor empty_on(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  return empty_on(like, shape, contiguous_strides(shape), dtype);
+}
+
+inline void zero(const Tensor& t) { STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get())); }
+
+inline Tensor zeros_on(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  Tensor zeros = empty_on(like, shape, dtype);
+  zero(zeros);
+  return zeros;
 }
 
 template <typename T>
