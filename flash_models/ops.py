@@ -146,9 +146,9 @@ class _Attention(torch.autograd.Function):
             out, lse = attention_fwd(q, k, v, *settings, **options)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # or every backward pass fills a gradient of lse with zeros
-        tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
-        ctx.save_for_backward(out, lse, q, k, v, *tensors.values())
-        ctx.settings, ctx.options = settings, {**options, **dict.fromkeys(tensors)}
+        ctx.names = [name for name, value in options.items() if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(out, lse, q, k, v, *map(options.pop, ctx.names))
+        ctx.settings, ctx.options = settings, options
         return out, lse
 
     @staticmethod
@@ -161,10 +161,10 @@ class _Attention(torch.autograd.Function):
                 "scaled_dot_product_attention with torch.nn.attention.SDPBackend.MATH"
             )
         out, lse, q, k, v, *tensors = ctx.saved_tensors
-        if dout.stride(-1) != 1 or 0 in dout.stride():  # such as the gradient of out.sum()
+        strides = dout.stride()
+        if strides[-1] != 1 or 0 in strides:  # such as the gradient of out.sum()
             dout = dout.contiguous()
-        names = (name for name, value in ctx.options.items() if value is None)
-        options = {**ctx.options, **dict(zip(names, tensors, strict=True))}
+        options = {**ctx.options, **dict(zip(ctx.names, tensors, strict=True))}
         return *attention_bwd(dout, out, lse, q, k, v, *ctx.settings, **options), None, None
 
 

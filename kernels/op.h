@@ -5,6 +5,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,11 +13,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace flash_models {
@@ -56,32 +56,32 @@ inline Shape shape_vector(const Tensor& t) {
   return Shape(sizes.begin(), sizes.end());
 }
 
-inline Shape contiguous_strides(const Shape& shape) {
-  Shape strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
-  return strides;
-}
-
-// On the device of `like`. Allocates; torch::stable::new_empty looks its operator up by name every time.
-inline Tensor empty_on(const Tensor& like, const Shape& shape, const Shape& strides, ScalarType dtype) {
-  int32_t device = 0;
+// torch::stable::new_empty for 2.9, which calls the operator; the one for 2.10 looks it up by its name every time.
+inline Tensor empty_on(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), static_cast<int64_t>(shape.size()),
+                                                          &type, nullptr, &device, like.get_device_index(), nullptr,
+                                                          &made));
   return Tensor(made);
 }
 
-inline Tensor empty_on(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return empty_on(like, shape, contiguous_strides(shape), dtype);
+// A result's memory with two dimensions exchanged, without the operator.
+inline Tensor exchanged(const Tensor& t, int64_t one, int64_t other) {
+  const auto old_strides = t.strides();
+  Shape sizes = shape_vector(t), strides(old_strides.begin(), old_strides.end());
+  std::swap(sizes[one], sizes[other]);
+  std::swap(strides[one], strides[other]);
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), t.dim(), sizes.data(), strides.data(), 0, &made));
+  return Tensor(made);
 }
-
-inline void zero(const Tensor& t) { STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get())); }
 
 inline Tensor zeros_on(const Tensor& like, const Shape& shape, ScalarType dtype) {
   Tensor zeros = empty_on(like, shape, dtype);
-  zero(zeros);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(zeros.get()));
   return zeros;
 }
 

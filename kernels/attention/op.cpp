@@ -200,16 +200,10 @@ void align(Tensor& t) {
 // A result of `shape` (B, S, H, D) or (T, H, D) in memory, so that what its reader reshapes it to is no copy; with
 // heads_first its dimensions are then exchanged. Packed tokens that no sequence owns are not visited by the kernels, so
 // they start as zeros.
-Tensor result_on(const Tensor& like, Shape shape, ScalarType dtype, bool packed, bool heads_first = false) {
-  Shape strides = contiguous_strides(shape);
-  if (heads_first) {
-    const Axes axes = axes_of(packed, false);
-    std::swap(shape[axes.token], shape[axes.head]);
-    std::swap(strides[axes.token], strides[axes.head]);
-  }
-  Tensor result = empty_on(like, shape, strides, dtype);
-  if (packed) zero(result);
-  return result;
+Tensor result_on(const Tensor& like, const Shape& shape, ScalarType dtype, bool packed, bool heads_first = false) {
+  const Tensor result = packed ? zeros_on(like, shape, dtype) : empty_on(like, shape, dtype);
+  const Axes axes = axes_of(packed, heads_first);
+  return heads_first ? exchanged(result, axes.token, axes.head) : result;
 }
 
 // `floats` of scratch memory and where they begin; nothing if there are none.
