@@ -39,14 +39,17 @@ def autocast_dtype(t):
     return torch.get_autocast_dtype(kind)
 
 
-def check_qkv(q, k, v, packed):
+def check_qkv(q, k, v, packed, heads_first=False):
     q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
     rank = 3 if packed else 4
     if len(q_shape) != rank or len(k_shape) != rank or v.dim() != rank:
+        dimensions = "{1}, {0}, head_dim" if heads_first else "{0}, {1}, head_dim"
         expected = (
-            "(tokens, heads, head_dim), because cu_seqlens_q and cu_seqlens_k are given"
+            f"({dimensions}), because cu_seqlens_q and cu_seqlens_k are given".format("tokens", "heads")
             if packed
-            else "(batch, sequence, heads, head_dim); packed sequences (3 dimensions) need cu_seqlens_q, cu_seqlens_k"
+            else f"(batch, {dimensions}); packed sequences (3 dimensions) need cu_seqlens_q, cu_seqlens_k".format(
+                "sequence", "heads"
+            )
         )
         raise ValueError(f"q, k, v have shapes {_shape(q)}, {_shape(k)}, {_shape(v)}; expected {expected}")
     if k.dtype != dtype or v.dtype != dtype:
@@ -55,7 +58,8 @@ def check_qkv(q, k, v, packed):
         raise ValueError(f"q, k, v are on {device}, {k.device}, {v.device}; expected one: move with .to(device)")
     if dtype not in _DTYPES.get(device.type, ()):
         raise _unsupported(dtype, device)
-    heads, head_dim = q_shape[-2], q_shape[-1]
+    heads_dim = -3 if heads_first else -2
+    heads, head_dim = q_shape[heads_dim], q_shape[-1]
     if head_dim % 8 != 0 or not 8 <= head_dim <= 128:
         raise ValueError(
             f"head_dim is {head_dim}; expected a multiple of 8 from 8 to 128: pad the last dimension of q, k and v "
@@ -63,10 +67,10 @@ def check_qkv(q, k, v, packed):
         )
     if k_shape != v.shape:
         raise ValueError(f"k has shape {_shape(k)} and v {_shape(v)}; expected the same shape")
-    if k_shape[-2] != heads:
+    if k_shape[heads_dim] != heads:
         raise ValueError(
-            f"q has {heads} heads, k and v have {k_shape[-2]}; expected the same number. For grouped queries repeat "
-            "the heads: k.repeat_interleave(q_heads // k_heads, dim=-2), the same for v"
+            f"q has {heads} heads, k and v have {k_shape[heads_dim]}; expected the same number. For grouped queries "
+            f"repeat the heads: k.repeat_interleave(q_heads // k_heads, dim={heads_dim}), the same for v"
         )
     if k_shape[-1] != head_dim or not packed and k_shape[0] != q_shape[0]:
         raise ValueError(f"q has shape {_shape(q)}, k and v {_shape(k)}; expected the same batch, heads and head_dim")
@@ -126,17 +130,17 @@ def _max_seqlen(name, max_seqlen, lengths):
     return max_seqlen
 
 
-def check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def check_packed(device, tokens_q, tokens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     """(max_seqlen_q, max_seqlen_k, lengths of the key sequences where they could be read)."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise ValueError(f"{missing} is missing; expected both or neither: self-attention passes one tensor twice")
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] < 1:
         raise ValueError(f"cu_seqlens_q has shape {_shape(cu_seqlens_q)}; expected (number of sequences + 1,)")
-    _check_int32("cu_seqlens_q", cu_seqlens_q, cu_seqlens_q.shape, q.device)
-    _check_int32("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, q.device)
-    q_lengths = _lengths("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    k_lengths = _lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    _check_int32("cu_seqlens_q", cu_seqlens_q, cu_seqlens_q.shape, device)
+    _check_int32("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, device)
+    q_lengths = _lengths("cu_seqlens_q", cu_seqlens_q, tokens_q)
+    k_lengths = _lengths("cu_seqlens_k", cu_seqlens_k, tokens_k)
     max_seqlen_q = _max_seqlen("max_seqlen_q", max_seqlen_q, q_lengths)
     return max_seqlen_q, _max_seqlen("max_seqlen_k", max_seqlen_k, k_lengths), k_lengths
 

@@ -18,11 +18,11 @@ from ._checks import check_qkv
 
 _NAME = "_kernels.so"
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, float? scale, bool causal, bool deterministic, Tensor? kv_range=None, "
-    "float dropout_p=0., Tensor? rng_state=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, Tensor? row_start=None, Tensor? row_index=None, "
-    "Tensor? col_start=None, Tensor? col_index=None, Tensor? row_items=None, Tensor? col_items=None, "
-    "int block_size=0"
+    "Tensor q, Tensor k, Tensor v, float? scale, bool causal, bool deterministic, bool heads_first, "
+    "Tensor? kv_range=None, float dropout_p=0., Tensor? rng_state=None, Tensor? cu_seqlens_q=None, "
+    "Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, Tensor? row_start=None, "
+    "Tensor? row_index=None, Tensor? col_start=None, Tensor? col_index=None, Tensor? row_items=None, "
+    "Tensor? col_items=None, int block_size=0"
 )
 # The schemas of kernels/attention/op.cpp, which a compiled library brings with it.
 SCHEMAS = {
@@ -60,17 +60,16 @@ def _warn_once(reason):
 def _serve_by_reference(backend, reason):
     from .reference import reference_backward, reference_forward
 
-    def contiguous_results(reference, args):
-        with torch.autocast(args[0].device.type, enabled=False):  # the dtypes of the arguments rule, as in a kernel
-            return tuple(result.contiguous() for result in reference(*args))
-
     def forward(*args):  # in schema order: the dispatcher knows no names
         _warn_once(reason)
-        check_qkv(*args[:3], packed=any(cu_seqlens_q is not None for cu_seqlens_q in args[9:10]))
-        return contiguous_results(reference_forward, args)
+        packed = any(cu_seqlens_q is not None for cu_seqlens_q in args[10:11])
+        check_qkv(*args[:3], packed=packed, heads_first=args[6])
+        with torch.autocast(args[0].device.type, enabled=False):  # the dtypes of the arguments rule, as in a kernel
+            return reference_forward(*args)
 
     def backward(*args):
-        return contiguous_results(reference_backward, args)
+        with torch.autocast(args[0].device.type, enabled=False):
+            return reference_backward(*args)
 
     fragment.impl("attention_fwd", forward, backend)
     fragment.impl("attention_bwd", backward, backend)

@@ -104,28 +104,24 @@ def _fields(config):
     return vars(config) if torch.compiler.is_compiling() else object.__getattribute__(config, "__dict__")
 
 
-def _packed_sequences(kwargs, query, key, is_self_attention):
-    """The arguments of the packed call (`DataCollatorWithFlattening(return_flash_attn_kwargs=True)`), or None."""
-    cu_seqlens_q = kwargs.get("cu_seq_lens_q")
-    if cu_seqlens_q is None:
-        return None
+def _packed_sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, query, key, is_self_attention):
+    """The arguments of the packed call (`DataCollatorWithFlattening(return_flash_attn_kwargs=True)`)."""
     if query.shape[0] != 1 or not is_self_attention:
         raise ValueError(
             "cu_seq_lens_q packs sequences into a batch of 1 for self-attention; got "
             + (f"a batch of {query.shape[0]}" if is_self_attention else "cross-attention")
         )
-    cu_seqlens_k = kwargs.get("cu_seq_lens_k")
     return {
         "cu_seqlens_q": cu_seqlens_q.to(torch.int32),
         "cu_seqlens_k": (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).to(torch.int32),
-        "max_seqlen_q": kwargs.get("max_length_q") or query.shape[2],
-        "max_seqlen_k": kwargs.get("max_length_k") or key.shape[2],
+        "max_seqlen_q": max_seqlen_q or query.shape[2],
+        "max_seqlen_k": max_seqlen_k or key.shape[2],
     }
 
 
 def _split_mask(mask):
     """(kv_range, 4-D mask), at most one of them not None, of what `attention_forward` takes as attention_mask."""
-    if mask is None or (mask.dim() == 4 and mask.dtype == torch.uint8):  # the latter from _spare_packed_mask
+    if mask.dim() == 4 and mask.dtype == torch.uint8:  # from _spare_packed_mask
         return None, None
     if mask.dim() == 4:
         return None, mask
@@ -150,8 +146,10 @@ def _rotated(config, query, key):
 
 
 def attention_forward(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, position_bias=None, **kwargs
-):
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, position_bias=None,
+    cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None, output_attentions=None,
+    attention_weights=None, softcap=None, s_aux=None, **_,
+):  # fmt: skip
     """What a Hugging Face attention module calls under the name `io_aware`.
 
     query (B, H, Sq, D), key and value (B, H, Sk, D), read in place through their strides. attention_mask: None, int32
@@ -159,24 +157,28 @@ def attention_forward(
     sequences: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`. Returns (out (B, Sq, H, D), weights):
     None, because the kernels never form them, or with `output_attentions` those of PyTorch's attention (B, H, Sq, Sk).
     """
-    for unsupported in ("softcap", "s_aux"):
-        if kwargs.get(unsupported) is not None:
-            raise ValueError(
-                f"{IO_AWARE} attention has no {unsupported}; load the model with attn_implementation='eager'"
-            )
-    config = getattr(module, "config", None)
+    if softcap is not None or s_aux is not None:
+        unsupported = "s_aux" if softcap is None else "softcap"
+        raise ValueError(f"{IO_AWARE} attention has no {unsupported}; load the model with attn_implementation='eager'")
     is_self_attention = _is_self_attention(module)
-    q_length, k_length = query.shape[2], key.shape[2]
-    kv_range, mask = _split_mask(attention_mask)
-    packed = _packed_sequences(kwargs, query, key, is_self_attention)
-    if packed is not None and kv_range is not None:
-        raise ValueError("got attention_mask and cu_seq_lens_q, but packed sequences hold no padding: drop the mask")
+    kv_range = mask = packed = layout = None
+    if attention_mask is not None:
+        kv_range, mask = _split_mask(attention_mask)
+    if cu_seq_lens_q is not None:
+        packed = _packed_sequences(
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, query, key, is_self_attention
+        )
+        if kv_range is not None:
+            raise ValueError(
+                "got attention_mask and cu_seq_lens_q, but packed sequences hold no padding: drop the mask"
+            )
     if is_causal is None or not is_self_attention:
         is_causal = getattr(module, "is_causal", True)
-    layout = None
+    config = getattr(module, "config", None)
     fields = _fields(config) if is_self_attention and config is not None else ()
     if "rotary_max_wavelength" in fields or "block_sparse" in fields:
-        unknown_positions = mask is not None and q_length != k_length
+        k_length = key.shape[2]
+        unknown_positions = mask is not None and query.shape[2] != k_length
         if is_rotary(config):
             if unknown_positions:
                 raise ValueError("rotary positions do not combine with a static cache; use the default dynamic cache")
@@ -187,21 +189,20 @@ def attention_forward(
         layout = config_layout(config, layout_length, query.shape[1], query.device)
         if layout is not None and unknown_positions:
             raise ValueError("block_sparse does not combine with a static cache; use the default dynamic cache")
-    with_weights = bool(kwargs.get("output_attentions") or kwargs.get("attention_weights"))
+    with_weights = bool(output_attentions or attention_weights)
     reason = "output_attentions" if with_weights else why_not_kernel(query, key, value, mask, position_bias)
-    if reason is None and layout is not None and packed is None and q_length != k_length:
+    if reason is None and layout is not None and packed is None and query.shape[2] != key.shape[2]:
         reason = "block_sparse with a key-value cache"
     if reason is not None:
         _report_fallback(reason)
         return sdpa_attention(
             query, key, value, mask, position_bias, is_causal, kv_range, packed, layout, dropout, scaling, with_weights
         )
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if packed is not None:
         query, key, value = query[0], key[0], value[0]
     out = attention(
         query, key, value, causal=is_causal, scale=scaling, dropout_p=dropout, kv_range=kv_range, layout=layout,
-        **(packed or {}),
+        heads_first=True, **(packed or {}),
     )  # fmt: skip
     return (out if packed is None else out[None]), None
 

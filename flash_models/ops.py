@@ -11,6 +11,7 @@ import torch
 from . import _library
 from ._block_layout import LISTS
 from ._checks import autocast_dtype, check_kv_range, check_layout, check_packed, check_qkv
+from .reference import tokens_first
 
 attention_fwd = torch.ops.flash_models.attention_fwd.default
 attention_bwd = torch.ops.flash_models.attention_bwd.default
@@ -30,6 +31,7 @@ def attention(
     max_seqlen_q=None,
     max_seqlen_k=None,
     layout=None,
+    heads_first=False,
     deterministic=False,
     return_lse=False,
 ):
@@ -49,13 +51,15 @@ def attention(
         max_seqlen_q, max_seqlen_k: int, the longest packed sequence. May be left out on CPU.
         layout: BlockLayout; scores outside its blocks are never computed. Intersects with `causal` and `kv_range`. With
             packed sequences its blocks count from the start of each sequence.
+        heads_first: q, k, v are (B, H, S, D) or (H, T, D), as models have them, read in place. Results are as without.
         deterministic: give bitwise the same gradients in every run, at some cost. Also switched on by
             `torch.use_deterministic_algorithms`. The output is always bitwise reproducible.
         return_lse: also return the logarithm of each row's sum of exponentials.
 
     Returns:
-        out, of q's shape and dtype; with `return_lse` also lse, float32 (B, H, Sq) or (H, Tq), natural logarithm,
-        through which no gradient flows. A query that sees no key gives out 0, lse -inf and gradient 0.
+        out (B, Sq, H, D) or (Tq, H, D), of q's dtype; with `return_lse` also lse, float32 (B, H, Sq) or (H, Tq),
+        natural logarithm, through which no gradient flows. A query that sees no key gives out 0, lse -inf and
+        gradient 0.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message says which and what to do. Values of `kv_range` and
@@ -67,7 +71,9 @@ def attention(
         q, k, v = q.to(autocast), k.to(autocast), v.to(autocast)
     options = {}  # of the op, by name: what a plain call does without costs it nothing
     if not kv_range is cu_seqlens_q is cu_seqlens_k is layout is None:
-        options = _checked_options(q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, layout)
+        options = _checked_options(
+            q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, layout, heads_first
+        )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
     if dropout_p > 0.0:
@@ -77,38 +83,42 @@ def attention(
         q, scale = -q, -scale  # the kernels follow the maximum of the unscaled scores
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     if torch.compiler.is_compiling():
-        check_qkv(q, k, v, "cu_seqlens_q" in options)
-        out, lse = attention_fwd(q, k, v, scale, causal, deterministic, **options)
+        check_qkv(q, k, v, "cu_seqlens_q" in options, heads_first)
+        out, lse = attention_fwd(q, k, v, scale, causal, deterministic, heads_first, **options)
     else:
         try:
-            out, lse = _autograd(q, k, v, scale, causal, deterministic, **options)
+            out, lse = _autograd(q, k, v, scale, causal, deterministic, heads_first, **options)
         except RuntimeError:  # the op checks its tensors: here in terms of the arguments what did not fit
-            check_qkv(q, k, v, "cu_seqlens_q" in options)
+            check_qkv(q, k, v, "cu_seqlens_q" in options, heads_first)
             raise
     return (out, lse) if return_lse else out
 
 
-def _checked_options(q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, layout):
+def _checked_options(
+    q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, layout, heads_first
+):  # fmt: skip
     """The op's arguments, by name, for padding, packed sequences and layouts."""
     options = {}
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    check_qkv(q, k, v, packed)
+    check_qkv(q, k, v, packed, heads_first)
+    token_dim, head_dim = (-2, -3) if heads_first else (-3, -2)
+    length_q, length_k, heads = q.shape[token_dim], k.shape[token_dim], q.shape[head_dim]
     k_lengths = None
     if packed:
         max_seqlen_q, max_seqlen_k, k_lengths = check_packed(
-            q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+            q.device, length_q, length_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         )
         options |= {"cu_seqlens_q": cu_seqlens_q.contiguous(), "cu_seqlens_k": cu_seqlens_k.contiguous()}
         options |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     else:
-        max_seqlen_q, max_seqlen_k = q.shape[1], k.shape[1]
+        max_seqlen_q, max_seqlen_k = length_q, length_k
     if kv_range is not None:
         batch = cu_seqlens_q.shape[0] - 1 if packed else q.shape[0]
         check_kv_range(kv_range, batch, q.device, max_seqlen_k, k_lengths)
         options["kv_range"] = kv_range.contiguous()
     if layout is not None:
         if not torch.compiler.is_compiling():  # torch 2.11 cannot guard sizes of what is constant in a graph
-            check_layout(layout, q.shape[-2], max_seqlen_q, max_seqlen_k, q.device)
+            check_layout(layout, heads, max_seqlen_q, max_seqlen_k, q.device)
         if not layout.full:
             options |= {name: getattr(layout, name) for name in LISTS if getattr(layout, name) is not None}
             options["block_size"] = layout.block_size
@@ -116,15 +126,18 @@ def _checked_options(q, k, v, kv_range, cu_seqlens_q, cu_seqlens_k, max_seqlen_q
 
 
 @torch.library.register_fake("flash_models::attention_fwd")
-def _(q, k, v, scale, causal, deterministic, kv_range=None, dropout_p=0.0, rng_state=None, cu_seqlens_q=None, *_, **__):
-    check_qkv(q, k, v, cu_seqlens_q is not None)
-    lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
+def _(
+    q, k, v, scale, causal, deterministic, heads_first, kv_range=None, dropout_p=0.0, rng_state=None, cu_seqlens_q=None,
+    *_, **__,
+):  # fmt: skip
+    check_qkv(q, k, v, cu_seqlens_q is not None, heads_first)
+    q = tokens_first(q, heads_first)
+    return q.new_empty(q.shape), q.new_empty(q.transpose(-3, -2).shape[:-1], dtype=torch.float32)
 
 
 @torch.library.register_fake("flash_models::attention_bwd")
-def _(dout, out, lse, q, k, v, *_, **__):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(dout, out, lse, q, k, v, scale, causal, deterministic, heads_first, *_, **__):
+    return tuple(tokens_first(t.new_empty(tokens_first(t, heads_first).shape), heads_first) for t in (q, k, v))
 
 
 class _Attention(torch.autograd.Function):
@@ -134,9 +147,9 @@ class _Attention(torch.autograd.Function):
             out, lse = attention_fwd(q, k, v, *settings, **options)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # or every backward pass fills a gradient of lse with zeros
-        tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
-        ctx.save_for_backward(out, lse, q, k, v, *tensors.values())
-        ctx.settings, ctx.options = settings, {**options, **dict.fromkeys(tensors)}
+        ctx.names = [name for name, value in options.items() if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(out, lse, q, k, v, *map(options.pop, ctx.names))
+        ctx.settings, ctx.options = settings, options
         return out, lse
 
     @staticmethod
@@ -149,32 +162,32 @@ class _Attention(torch.autograd.Function):
                 "scaled_dot_product_attention with torch.nn.attention.SDPBackend.MATH"
             )
         out, lse, q, k, v, *tensors = ctx.saved_tensors
-        if dout.stride(-1) != 1 or 0 in dout.stride():  # such as the gradient of out.sum()
+        strides = dout.stride()
+        if strides[-1] != 1 or 0 in strides:  # such as the gradient of out.sum()
             dout = dout.contiguous()
-        names = (name for name, value in ctx.options.items() if value is None)
-        options = {**ctx.options, **dict(zip(names, tensors, strict=True))}
+        options = {**ctx.options, **dict(zip(ctx.names, tensors, strict=True))}
         return *attention_bwd(dout, out, lse, q, k, v, *ctx.settings, **options), None, None
 
 
-def _autograd(q, k, v, scale, causal, deterministic, **options):
+def _autograd(q, k, v, scale, causal, deterministic, heads_first, **options):
     """What runs for `attention_fwd` before the kernel of a backend.
 
     torch.library.register_autograd would do, but takes 0.2 ms for an op of 18 arguments, longer than small kernels.
     """
-    settings = scale, causal, deterministic
+    settings = scale, causal, deterministic, heads_first
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, settings, options)
     with torch._C._AutoDispatchBelowAutograd():
         return attention_fwd(q, k, v, *settings, **options)
 
 
-_OPTIONS = [argument.name for argument in attention_fwd._schema.arguments[6:]]
+_OPTIONS = [argument.name for argument in attention_fwd._schema.arguments[7:]]
 
 
-def _dispatched(q, k, v, scale, causal, deterministic, *options):
+def _dispatched(q, k, v, scale, causal, deterministic, heads_first, *options):
     """`_autograd` as the dispatcher calls it, which knows the options by their place."""
     given = {name: value for name, value in zip(_OPTIONS, options, strict=False) if value is not None}
-    return _autograd(q, k, v, scale, causal, deterministic, **given)
+    return _autograd(q, k, v, scale, causal, deterministic, heads_first, **given)
 
 
 _library.fragment.impl("attention_fwd", _dispatched, "Autograd")

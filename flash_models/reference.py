@@ -161,29 +161,37 @@ def _compute_dtype(q):
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def tokens_first(t, heads_first):
+    """(..., tokens, heads, head_dim) of a tensor that has it, or with `heads_first` (..., heads, tokens, head_dim).
+
+    The other way round it is the same exchange.
+    """
+    return t.transpose(-3, -2) if heads_first else t
+
+
 def _blocks_of_lists(row_start, row_index, col_start):
     return None if row_start is None else listed_blocks(row_start, row_index, col_start.shape[1] - 1)
 
 
 def reference_forward(
-    q, k, v, scale, causal, deterministic, kv_range=None, dropout_p=0.0, rng_state=None, cu_seqlens_q=None,
-    cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, row_start=None, row_index=None, col_start=None, col_index=None,
-    row_items=None, col_items=None, block_size=0,
+    q, k, v, scale, causal, deterministic, heads_first, kv_range=None, dropout_p=0.0, rng_state=None,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, row_start=None, row_index=None,
+    col_start=None, col_index=None, row_items=None, col_items=None, block_size=0,
 ):  # fmt: skip
     """`attention_fwd`: (out in q's dtype, lse), computed in float32, or in float64 if q is."""
     blocks = _blocks_of_lists(row_start, row_index, col_start)
     wide, scale = _compute_dtype(q), _scale(q, scale)
     out, lse = _forward(
-        q.to(wide), k.to(wide), v.to(wide), kv_range, cu_seqlens_q, cu_seqlens_k, blocks, block_size, rng_state,
-        dropout_p, scale, causal,
+        *(tokens_first(t, heads_first).to(wide) for t in (q, k, v)), kv_range, cu_seqlens_q, cu_seqlens_k, blocks,
+        block_size, rng_state, dropout_p, scale, causal,
     )  # fmt: skip
-    return out.to(q.dtype), lse
+    return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
 def reference_backward(
-    dout, out, lse, q, k, v, scale, causal, deterministic, kv_range=None, dropout_p=0.0, rng_state=None,
-    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, row_start=None, row_index=None,
-    col_start=None, col_index=None, row_items=None, col_items=None, block_size=0,
+    dout, out, lse, q, k, v, scale, causal, deterministic, heads_first, kv_range=None, dropout_p=0.0,
+    rng_state=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, row_start=None,
+    row_index=None, col_start=None, col_index=None, row_items=None, col_items=None, block_size=0,
 ):  # fmt: skip
     """`attention_bwd`: (dq, dk, dv) in the dtypes of q, k, v.
 
@@ -192,9 +200,10 @@ def reference_backward(
     """
     blocks = _blocks_of_lists(row_start, row_index, col_start)
     wide, scale = _compute_dtype(q), _scale(q, scale)
-    inputs = (q, k, v)
-    q, k, v, dout, out = (x.to(wide) for x in (q, k, v, dout, out))
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dtypes = q.dtype, k.dtype, v.dtype
+    q, k, v = (tokens_first(t, heads_first).to(wide) for t in (q, k, v))
+    dout, out = dout.to(wide), out.to(wide)
+    dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for b, (rows, cols) in enumerate(_sequences(q, k, cu_seqlens_q, cu_seqlens_k)):
         scores, dropout = _probabilities(
             q[rows], k[cols], b, blocks, causal, kv_range, block_size, rng_state, dropout_p, scale
@@ -206,4 +215,4 @@ def reference_backward(
         dq[rows] = torch.einsum("hqk,khd->qhd", ds, k[cols])
         dk[cols] = torch.einsum("hqk,qhd->khd", ds, q[rows])
         dv[cols] = torch.einsum("hqk,qhd->khd", p * dropout, dout[rows])
-    return tuple(grad.to(x.dtype) for grad, x in zip((dq, dk, dv), inputs, strict=True))
+    return tuple(tokens_first(grad.to(d), heads_first) for grad, d in zip((dq, dk, dv), dtypes, strict=True))

@@ -16,7 +16,7 @@
 #include <optional>
 #include <sstream>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace flash_models {
@@ -24,6 +24,24 @@ namespace flash_models {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+// The dispatcher's values, as a boxed function gets them. TORCH_BOX does the same for a function of that many
+// parameters, but copies every one of them.
+struct Stack {
+  StableIValue* next;
+
+  template <typename T>
+  T take() {
+    return torch::stable::detail::to<T>(*next++);
+  }
+};
+
+// The results of a boxed function, which take the place of its arguments.
+template <typename... Results>
+void give(StableIValue* values, const Results&... results) {
+  ((*values++ = torch::stable::detail::from(results)), ...);
+}
 
 inline std::string shape_of(const Tensor& t) {
   std::ostringstream text;
@@ -33,8 +51,13 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
+inline Shape shape_vector(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
 // torch::stable::new_empty for 2.9, which calls the operator; the one for 2.10 looks it up by its name every time.
-inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+inline Tensor empty_on(const Tensor& like, const Shape& shape, ScalarType dtype) {
   int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made;
@@ -44,8 +67,22 @@ inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& shape, Sc
   return Tensor(made);
 }
 
-inline Tensor zeros_on(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_zeros(like, shape, dtype);
+// A result's memory with two dimensions exchanged, without the operator.
+inline Tensor exchanged(const Tensor& t, int64_t one, int64_t other) {
+  const auto old_strides = t.strides();
+  Shape sizes = shape_vector(t), strides(old_strides.begin(), old_strides.end());
+  std::swap(sizes[one], sizes[other]);
+  std::swap(strides[one], strides[other]);
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), t.dim(), sizes.data(), strides.data(), 0, &made));
+  return Tensor(made);
+}
+
+inline Tensor zeros_on(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  Tensor zeros = empty_on(like, shape, dtype);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(zeros.get()));
+  return zeros;
 }
 
 template <typename T>

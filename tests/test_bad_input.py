@@ -92,6 +92,17 @@ def test_grouped_queries(q):
         attention(q, q[:, :, :2], q[:, :, :2])
 
 
+def test_heads_first(q):
+    turned = q.transpose(1, 2)
+    with fails(ValueError, r"\(batch, heads, sequence, head_dim\)"):
+        attention(turned[0], turned[0], turned[0], heads_first=True)
+    with fails(ValueError, "4 heads", "have 2", r"dim=-3"):
+        attention(turned, turned[:, :2], turned[:, :2], heads_first=True)
+    strided = turned.transpose(2, 3).contiguous().transpose(2, 3)
+    with fails(ValueError, r"strides 1, 100, 1", r"\.contiguous\(\)"):
+        attention(turned, strided, turned, heads_first=True)
+
+
 def test_key_and_value_differ(q):
     with fails(ValueError, "same shape"):
         attention(q, q, q[:, :50])

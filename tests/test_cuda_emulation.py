@@ -138,7 +138,7 @@ def test_kernels_match_reference(emulated, case, head_dim, dtype):
         blocks = (layout.row_start, layout.row_index, layout.col_start, layout.col_index, *items, block_size)
     rng_state = torch.tensor([2**60 + 7, 3]) if dropout_p else None
     scale = head_dim**-0.5
-    arguments = (scale, causal, deterministic, kv_range, dropout_p, rng_state)
+    arguments = (scale, causal, deterministic, False, kv_range, dropout_p, rng_state)
     arguments += (*(cu or (None, None)), seqlen_q, seqlen_k, *blocks)
 
     out, lse = emulated.attention_fwd(q, k, v, *arguments)
@@ -173,7 +173,7 @@ def test_packed_sequences_do_not_touch(emulated):
     for t in (q, k, v):
         t[50:120] = torch.nan
         t[153:] = torch.nan
-    arguments = (0.125, False, False, None, 0.0, None, lengths, lengths, 70, 70)
+    arguments = (0.125, False, False, False, None, 0.0, None, lengths, lengths, 70, 70)
     out, lse = emulated.attention_fwd(q, k, v, *arguments)
     for result in (out, *emulated.attention_bwd(torch.ones_like(out), out, lse, q, k, v, *arguments)):
         assert result[:50].isfinite().all() and result[120:153].isfinite().all()

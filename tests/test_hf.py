@@ -57,9 +57,9 @@ def test_queries_keys_and_values_are_read_in_place(device, monkeypatch, strict):
     """No copy on the way in: the op sees views of what the projections wrote."""
     seen = []
 
-    def attention(q, k, v, **options):
+    def attention(q, k, v, *, heads_first, **options):
         seen.append((q, k, v))
-        return torch.zeros_like(q)
+        return torch.zeros_like(q.transpose(1, 2))
 
     monkeypatch.setattr(hf, "attention", attention)
     patched, *_ = triplet(MODELS["gpt2"](n_layer=1), device)
@@ -67,10 +67,10 @@ def test_queries_keys_and_values_are_read_in_place(device, monkeypatch, strict):
     patched, *_ = triplet(MODELS["bert"](num_hidden_layers=1), device)
     patched(token_ids(device))
     (q, k, v), bert = seen
-    assert q.shape == k.shape == v.shape == (3, LENGTH, 2, 16)
-    assert q.stride() == (LENGTH * 96, 96, 16, 1)  # inside (B, S, 3, H, D)
+    assert q.shape == k.shape == v.shape == (3, 2, LENGTH, 16)
+    assert q.stride() == (LENGTH * 96, 16, 96, 1)  # inside (B, S, 3, H, D)
     assert q.data_ptr() + 2 * 32 * q.element_size() == k.data_ptr() + 32 * k.element_size() == v.data_ptr()
-    assert all(t.is_contiguous() for t in bert)
+    assert all(t.transpose(1, 2).is_contiguous() for t in bert)
 
 
 def test_greedy_generation_with_left_padding(device, strict):

@@ -64,6 +64,15 @@ def op_arguments(tensors, options):
     return passed[0]
 
 
+def check_ops(tensors, options):
+    args, others = op_arguments(tensors, options)
+    torch.library.opcheck(ops.attention_fwd, args, others, atol=2e-2, rtol=2e-2)
+    with torch.no_grad():
+        out, lse = ops.attention_fwd(*args, **others)
+        args = (torch.randn_like(out), out, lse, *(t.detach() for t in args[:3]), *args[3:])
+        torch.library.opcheck(ops.attention_bwd, args, others, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_opcheck(packed, options, device):
     if packed:
@@ -75,12 +84,19 @@ def test_opcheck(packed, options, device):
             options["kv_range"] = int32([[0, 90], [20, 130]], device)
     else:
         tensors = leaves(device)
-    args, others = op_arguments(tensors, options)
-    torch.library.opcheck(ops.attention_fwd, args, others, atol=2e-2, rtol=2e-2)
-    with torch.no_grad():
-        out, lse = ops.attention_fwd(*args, **others)
-        args = (torch.randn_like(out), out, lse, *(t.detach() for t in args[:3]), *args[3:])
-        torch.library.opcheck(ops.attention_bwd, args, others, atol=2e-2, rtol=2e-2)
+    check_ops(tensors, options)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_heads_first(packed, options, device):
+    """Heads before tokens: the same results, in the same memory."""
+    tensors, options = (leaves(device, (260, 2, 32)), packed_options(device)) if packed else (leaves(device), options)
+    turned = [t.detach().transpose(-3, -2).requires_grad_() for t in tensors]
+    expected = call_with_gradients(lambda *t: attention(*t, **options), tensors)
+    out, *gradients = call_with_gradients(lambda *t: attention(*t, heads_first=True, **options), turned)
+    for result, value in zip([out, *(t.transpose(-3, -2) for t in gradients)], expected, strict=True):
+        assert torch.equal(result, value) and result.is_contiguous()
+    check_ops(turned, {**options, "heads_first": True})
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

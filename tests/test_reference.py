@@ -106,7 +106,8 @@ def op_arguments(q, k, v, *, kv_range=None, cu_seqlens=None, layout=None, rng_st
         blocks = (layout.row_start, layout.row_index, layout.col_start, layout.col_index, None, None, layout.block_size)
     length = q.shape[0 if cu_seqlens is not None else 1]
     return (
-        q, k, v, None, causal, False, kv_range, dropout_p, rng_state, cu_seqlens, cu_seqlens, length, length, *blocks,
+        q, k, v, None, causal, False, False, kv_range, dropout_p, rng_state, cu_seqlens, cu_seqlens, length, length,
+        *blocks,
     )  # fmt: skip
 
 

@@ -5,9 +5,11 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace flash_models {
 
@@ -16,30 +18,59 @@ inline void check_cuda(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("flash_models: ") + what + ": " + cudaGetErrorString(error));
 }
 
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
   check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
   return value;
 }
 
-// Of the current device, as 10 * major + minor.
-inline int compute_capability() {
-  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
+struct Device {
+  int compute_capability;  // 10 * major + minor
+  int multiprocessors;
+};
+
+// All of this machine, asked once.
+inline const std::vector<Device>& devices() {
+  static const std::vector<Device> all = [] {
+    int count = 0;
+    check_cuda(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    std::vector<Device> found;
+    for (int device = 0; device < count; ++device)
+      found.push_back({10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                           device_attribute(cudaDevAttrComputeCapabilityMinor, device),
+                       device_attribute(cudaDevAttrMultiProcessorCount, device)});
+    return found;
+  }();
+  return all;
 }
 
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
 
-// One-dimensional launch with `shared` bytes of dynamic shared memory.
-template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void* stream,
-            const Arguments&... arguments) {
+inline int compute_capability() { return devices()[current_device()].compute_capability; }
+inline int multiprocessors() { return devices()[current_device()].multiprocessors; }
+
+// Lets a kernel have more dynamic shared memory than every kernel may, which each device wants to be told once.
+template <auto kKernel, int kShared>
+void allow_shared(const char* name) {
+  static std::vector<std::atomic<bool>> allowed(devices().size());
+  std::atomic<bool>& here = allowed[current_device()];
+  if (here) return;
+  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), name);
+  here = true;
+}
+
+// One-dimensional launch with `kShared` bytes of dynamic shared memory.
+template <auto kKernel, int kShared, typename... Arguments>
+void launch(const char* name, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
   if (blocks == 0) return;
   if (blocks > 0x7FFFFFFF)
     throw std::runtime_error(std::string("flash_models: ") + name + " needs more than 2^31 - 1 thread blocks");
-  if (shared > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  if constexpr (kShared > 48 * 1024) allow_shared<kKernel, kShared>(name);
+  kKernel<<<static_cast<unsigned>(blocks), threads, kShared, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check_cuda(cudaGetLastError(), name);
 }
 

@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g) {
   const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kTileQ));
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    launch("attention_bwd_dq_sm80", attention_bwd_dq_sm80<T, kDim, kDropout>, query_tiles * p.heads * p.batch, kThreads,
-           GradientTiles<T, kDim>::kBytes, p.stream, p, g, query_tiles);
+    launch<attention_bwd_dq_sm80<T, kDim, kDropout>, GradientTiles<T, kDim>::kBytes>(
+        "attention_bwd_dq_sm80", query_tiles * p.heads * p.batch, kThreads, p.stream, p, g, query_tiles);
   });
 }
 

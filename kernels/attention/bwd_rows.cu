@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(kThreads)
 void attention_bwd_rows(const AttentionProblem& p, const AttentionGradients& g) {
   if (p.total_q == 0) return;
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    launch("attention_bwd_rows", attention_bwd_rows<T, kDim>, padded_rows(p) * lanes_of_row(kDim) / kThreads, kThreads,
-           0, p.stream, p, g);
+    launch<attention_bwd_rows<T, kDim>, 0>("attention_bwd_rows", padded_rows(p) * lanes_of_row(kDim) / kThreads,
+                                           kThreads, p.stream, p, g);
   });
 }
 

@@ -233,11 +233,11 @@ void attention_bwd_sm80(const AttentionProblem& p, const AttentionGradients& g) 
   const int query_tile_count = static_cast<int>(ceil_div(p.seqlen_q, kTile)),
             key_tiles = static_cast<int>(ceil_div(p.seqlen_k, kTile));
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    launch("attention_bwd_dkv_sm80", attention_bwd_dkv_sm80<T, kDim, kDropout>, key_tiles * p.heads * p.batch, kThreads,
-           BackwardTiles<T, kDim>::kBytes, p.stream, p, g, key_tiles);
+    launch<attention_bwd_dkv_sm80<T, kDim, kDropout>, BackwardTiles<T, kDim>::kBytes>(
+        "attention_bwd_dkv_sm80", key_tiles * p.heads * p.batch, kThreads, p.stream, p, g, key_tiles);
     if (g.dq_sum != nullptr)
-      launch("attention_bwd_store_dq", attention_bwd_store_dq<T, kDim>, query_tile_count * p.heads * p.batch, kThreads,
-             Tile<T, kTile, kDim>::kBytes, p.stream, p, g, query_tile_count);
+      launch<attention_bwd_store_dq<T, kDim>, Tile<T, kTile, kDim>::kBytes>(
+          "attention_bwd_store_dq", query_tile_count * p.heads * p.batch, kThreads, p.stream, p, g, query_tile_count);
   });
 }
 

@@ -366,13 +366,13 @@ void launch_backward(const AttentionProblem& p, const AttentionGradients& g) {
   if (count > 0x3FFFFFFF)
     throw std::runtime_error("flash_models: attention_bwd_sm90 takes fewer than 2^30 key tiles; split the batch");
   const int64_t ctas = std::min<int64_t>(count, Config::kCtasPerSm * multiprocessors());
-  launch("attention_bwd_sm90", attention_bwd_sm90<T, Config, kDropout>, ctas, Config::kThreads, Shared::kBytes,
-         p.stream, p, g, maps, Schedule{key_tiles, static_cast<int>(count)});
+  launch<attention_bwd_sm90<T, Config, kDropout>, Shared::kBytes>(
+      "attention_bwd_sm90", ctas, Config::kThreads, p.stream, p, g, maps, Schedule{key_tiles, static_cast<int>(count)});
   attention_bwd_combine_sm90(p, g);
   if (g.dq_sum == nullptr) return;
   const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kStoredRows));
-  launch("attention_bwd_store_dq_sm90", attention_bwd_store_dq_sm90<T, Config::kDim, Config::kDqDim>,
-         query_tiles * p.heads * p.batch, 128, 0, p.stream, p, g, query_tiles);
+  launch<attention_bwd_store_dq_sm90<T, Config::kDim, Config::kDqDim>, 0>(
+      "attention_bwd_store_dq_sm90", query_tiles * p.heads * p.batch, 128, p.stream, p, g, query_tiles);
 }
 
 }  // namespace

@@ -113,16 +113,16 @@ int64_t ctas(const AttentionProblem& p, const BlockLists& lists, const WorkItems
 void attention_fwd_combine_sm90(const AttentionProblem& p) {
   if (p.row_items.max_slots == 0) return;
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    launch("attention_fwd_combine_sm90", attention_fwd_combine_sm90<T, kDim>, ctas(p, p.rows, p.row_items), kThreads, 0,
-           p.stream, p, ceil_div(p.seqlen_q, p.block_size));
+    launch<attention_fwd_combine_sm90<T, kDim>, 0>("attention_fwd_combine_sm90", ctas(p, p.rows, p.row_items), kThreads,
+                                                   p.stream, p, ceil_div(p.seqlen_q, p.block_size));
   });
 }
 
 void attention_bwd_combine_sm90(const AttentionProblem& p, const AttentionGradients& g) {
   if (p.column_items.max_slots == 0) return;
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    launch("attention_bwd_combine_sm90", attention_bwd_combine_sm90<T, kDim>, ctas(p, p.columns, p.column_items),
-           kThreads, 0, p.stream, p, g, ceil_div(p.seqlen_k, p.block_size));
+    launch<attention_bwd_combine_sm90<T, kDim>, 0>("attention_bwd_combine_sm90", ctas(p, p.columns, p.column_items),
+                                                   kThreads, p.stream, p, g, ceil_div(p.seqlen_k, p.block_size));
   });
 }
 

@@ -224,11 +224,13 @@ void attention_fwd_decode(const AttentionProblem& p) {
   const int splits = static_cast<int>(splits_of(p));
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
     if constexpr (!kDropout) {
-      launch("attention_fwd_decode", attention_fwd_decode<T, kDim>, items_of(p) * splits, kThreads,
-             kThreads * static_cast<int>(sizeof(Partial)), p.stream, p, splits);
+      constexpr int kPartialBytes = kThreads * static_cast<int>(sizeof(Partial)),
+                    kRowBytes = 4 * kCombiningWarps * (kDim + 2);
+      launch<attention_fwd_decode<T, kDim>, kPartialBytes>("attention_fwd_decode", items_of(p) * splits, kThreads,
+                                                           p.stream, p, splits);
       if (splits > 1)
-        launch("attention_fwd_decode_combine", attention_fwd_decode_combine<T, kDim>, items_of(p), 32 * kCombiningWarps,
-               4 * kCombiningWarps * (kDim + 2), p.stream, p, splits);
+        launch<attention_fwd_decode_combine<T, kDim>, kRowBytes>("attention_fwd_decode_combine", items_of(p),
+                                                                 32 * kCombiningWarps, p.stream, p, splits);
     }
   });
 }

@@ -122,8 +122,8 @@ template <typename T, int kDim, int kWarps, bool kDropout>
 void launch_forward(const AttentionProblem& p) {
   using Config = ForwardConfig<kDim, kWarps>;
   const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, Config::kTileQ));
-  launch("attention_fwd_sm80", attention_fwd_sm80<T, Config, kDropout>, query_tiles * p.heads * p.batch,
-         Config::kThreads, ForwardTiles<T, Config>::kBytes, p.stream, p, query_tiles);
+  launch<attention_fwd_sm80<T, Config, kDropout>, ForwardTiles<T, Config>::kBytes>(
+      "attention_fwd_sm80", query_tiles * p.heads * p.batch, Config::kThreads, p.stream, p, query_tiles);
 }
 
 }  // namespace

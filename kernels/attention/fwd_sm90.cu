@@ -332,8 +332,9 @@ void launch_forward(const AttentionProblem& p) {
   if (units << pairs > 0x3FFFFFFF)
     throw std::runtime_error("flash_models: attention_fwd_sm90 takes fewer than 2^30 query tiles; split the batch");
   const int64_t ctas = listed || equal ? std::min<int64_t>(units, Config::kCtasPerSm * multiprocessors()) : units;
-  launch("attention_fwd_sm90", attention_fwd_sm90<T, Config, kDropout>, ctas, Config::kThreads, Shared::kBytes,
-         p.stream, p, maps, Schedule{static_cast<int>(query_tiles), static_cast<int>(units << pairs), pairs, p.ticket});
+  launch<attention_fwd_sm90<T, Config, kDropout>, Shared::kBytes>(
+      "attention_fwd_sm90", ctas, Config::kThreads, p.stream, p, maps,
+      Schedule{static_cast<int>(query_tiles), static_cast<int>(units << pairs), pairs, p.ticket});
 }
 
 }  // namespace

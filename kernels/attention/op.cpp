@@ -16,26 +16,32 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace flash_models {
 namespace {
 
-// The arguments that attention_fwd and attention_bwd share, in schema order.
+// The arguments that attention_fwd and attention_bwd share, taken from the dispatcher's stack in schema order.
 struct Arguments {
-  Tensor q, k, v;
-  std::optional<double> scale;
-  bool causal, deterministic;
-  OptionalTensor kv_range;
-  double dropout_p;
-  OptionalTensor rng_state, cu_seqlens_q, cu_seqlens_k;
-  int64_t max_seqlen_q, max_seqlen_k;
-  OptionalTensor row_start, row_index, col_start, col_index, row_items, col_items;
-  int64_t block_size;
+  Stack stack;
+  Tensor q = stack.take<Tensor>(), k = stack.take<Tensor>(), v = stack.take<Tensor>();
+  std::optional<double> scale = stack.take<std::optional<double>>();
+  bool causal = stack.take<bool>(), deterministic = stack.take<bool>(), heads_first = stack.take<bool>();
+  OptionalTensor kv_range = stack.take<OptionalTensor>();
+  double dropout_p = stack.take<double>();
+  OptionalTensor rng_state = stack.take<OptionalTensor>(), cu_seqlens_q = stack.take<OptionalTensor>(),
+                 cu_seqlens_k = stack.take<OptionalTensor>();
+  int64_t max_seqlen_q = stack.take<int64_t>(), max_seqlen_k = stack.take<int64_t>();
+  OptionalTensor row_start = stack.take<OptionalTensor>(), row_index = stack.take<OptionalTensor>(),
+                 col_start = stack.take<OptionalTensor>(), col_index = stack.take<OptionalTensor>(),
+                 row_items = stack.take<OptionalTensor>(), col_items = stack.take<OptionalTensor>();
+  int64_t block_size = stack.take<int64_t>();
+
+  bool packed() const { return cu_seqlens_q.has_value(); }
 };
 
 // Every argument that Python passes costs 0.1 us, so what few calls need comes last and has a default.
-#define FM_SHARED_SCHEMA                                                                                 \
-  "Tensor q, Tensor k, Tensor v, float? scale, bool causal, bool deterministic, Tensor? kv_range=None, " \
-  "float dropout_p=0., Tensor? rng_state=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "   \
-  "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, Tensor? row_start=None, Tensor? row_index=None, "       \
-  "Tensor? col_start=None, Tensor? col_index=None, Tensor? row_items=None, Tensor? col_items=None, "     \
-  "int block_size=0"
+#define FM_SHARED_SCHEMA                                                                              \
+  "Tensor q, Tensor k, Tensor v, float? scale, bool causal, bool deterministic, bool heads_first, "   \
+  "Tensor? kv_range=None, float dropout_p=0., Tensor? rng_state=None, Tensor? cu_seqlens_q=None, "    \
+  "Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, Tensor? row_start=None, " \
+  "Tensor? row_index=None, Tensor? col_start=None, Tensor? col_index=None, Tensor? row_items=None, "  \
+  "Tensor? col_items=None, int block_size=0"
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -46,13 +52,23 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
-View view_of(const Tensor& t, const char* name, bool packed) {
-  STD_TORCH_CHECK(t.dim() == (packed ? 3 : 4), "flash_models: ", name, " must have ", packed ? 3 : 4,
-                  " dimensions, got shape ", shape_of(t));
-  const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1, "flash_models: the last dimension of ", name,
-                  " must be contiguous");
-  return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(last - 2), t.stride(last - 1)};
+// Which dimensions of a tensor are tokens and heads: (batch,) tokens, heads, head_dim, or the heads before the tokens.
+struct Axes {
+  int64_t rank, token, head;
+};
+
+Axes axes_of(bool packed, bool heads_first) {
+  const int64_t rank = packed ? 3 : 4;
+  return {rank, rank - 3 + heads_first, rank - 2 - heads_first};
+}
+
+View view_of(const Tensor& t, const char* name, const Axes& axes) {
+  STD_TORCH_CHECK(t.dim() == axes.rank, "flash_models: ", name, " must have ", axes.rank, " dimensions, got shape ",
+                  shape_of(t));
+  STD_TORCH_CHECK(t.stride(axes.rank - 1) == 1 || t.size(axes.rank - 1) <= 1, "flash_models: the last dimension of ",
+                  name, " must be contiguous");
+  return {const_cast<void*>(t.const_data_ptr()), axes.rank == 3 ? 0 : t.stride(0), t.stride(axes.token),
+          t.stride(axes.head)};
 }
 
 const int32_t* int32_or_null(const OptionalTensor& t, const char* name, const Tensor& q) {
@@ -84,11 +100,12 @@ WorkItems items_of(const OptionalTensor& items, const BlockLists& lists, int64_t
 }
 
 AttentionProblem make_problem(const Arguments& a) {
-  const bool packed = a.cu_seqlens_q.has_value();
+  const bool packed = a.packed();
+  const Axes axes = axes_of(packed, a.heads_first);
   AttentionProblem p;
-  p.q = view_of(a.q, "q", packed);
-  p.k = view_of(a.k, "k", packed);
-  p.v = view_of(a.v, "v", packed);
+  p.q = view_of(a.q, "q", axes);
+  p.k = view_of(a.k, "k", axes);
+  p.v = view_of(a.v, "v", axes);
   p.dtype = dtype_of(a.q);
   STD_TORCH_CHECK(p.dtype != DType::kFloat32 || a.q.is_cpu(), "flash_models: float32 is for the CPU");
   STD_TORCH_CHECK(a.k.scalar_type() == a.q.scalar_type() && a.v.scalar_type() == a.q.scalar_type(),
@@ -96,20 +113,20 @@ AttentionProblem make_problem(const Arguments& a) {
   STD_TORCH_CHECK(a.k.get_device() == a.q.get_device() && a.v.get_device() == a.q.get_device() &&
                       a.k.is_cpu() == a.q.is_cpu() && a.v.is_cpu() == a.q.is_cpu(),
                   "flash_models: q, k, v are on different devices");
-  const int64_t last = a.q.dim() - 1;
+  const int64_t last = axes.rank - 1;
   p.head_dim = a.q.size(last);
-  p.heads = a.q.size(last - 1);
+  p.heads = a.q.size(axes.head);
   STD_TORCH_CHECK(p.head_dim % 8 == 0 && p.head_dim >= 8 && p.head_dim <= 128,
                   "flash_models: head dim must be a multiple of 8 up to 128, got ", p.head_dim);
   for (const Tensor* t : {&a.k, &a.v})
-    STD_TORCH_CHECK(t->size(last) == p.head_dim && t->size(last - 1) == p.heads &&
-                        t->size(last - 2) == a.k.size(last - 2) && (packed || t->size(0) == a.q.size(0)),
+    STD_TORCH_CHECK(t->size(last) == p.head_dim && t->size(axes.head) == p.heads &&
+                        t->size(axes.token) == a.k.size(axes.token) && (packed || t->size(0) == a.q.size(0)),
                     "flash_models: q ", shape_of(a.q), " does not fit key or value ", shape_of(*t));
-  p.seqlen_q = packed ? a.max_seqlen_q : a.q.size(1);
-  p.seqlen_k = packed ? a.max_seqlen_k : a.k.size(1);
+  p.seqlen_q = packed ? a.max_seqlen_q : a.q.size(axes.token);
+  p.seqlen_k = packed ? a.max_seqlen_k : a.k.size(axes.token);
   p.batch = packed ? a.cu_seqlens_q->size(0) - 1 : a.q.size(0);
-  p.total_q = packed ? a.q.size(0) : p.batch * p.seqlen_q;
-  p.total_k = packed ? a.k.size(0) : p.batch * p.seqlen_k;
+  p.total_q = packed ? a.q.size(axes.token) : p.batch * p.seqlen_q;
+  p.total_k = packed ? a.k.size(axes.token) : p.batch * p.seqlen_k;
   STD_TORCH_CHECK(
       p.seqlen_q >= 0 && p.seqlen_k >= 0 && p.seqlen_q < (int64_t{1} << 30) && p.seqlen_k < (int64_t{1} << 30),
       "flash_models: sequence lengths must be in [0, 2^30)");
@@ -154,32 +171,39 @@ AttentionProblem make_problem(const Arguments& a) {
   return p;
 }
 
-std::vector<int64_t> lse_shape(const AttentionProblem& p) {
-  return p.cu_seqlens_q != nullptr ? std::vector<int64_t>{p.heads, p.total_q}
-                                   : std::vector<int64_t>{p.batch, p.heads, p.seqlen_q};
+Shape lse_shape(const AttentionProblem& p) {
+  return p.cu_seqlens_q != nullptr ? Shape{p.heads, p.total_q} : Shape{p.batch, p.heads, p.seqlen_q};
 }
 
-std::vector<int64_t> shape_vector(const Tensor& t) {
-  std::vector<int64_t> shape(t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) shape[i] = t.size(i);
-  return shape;
+Shape query_shape(const AttentionProblem& p) {
+  return p.cu_seqlens_q != nullptr ? Shape{p.total_q, p.heads, p.head_dim}
+                                   : Shape{p.batch, p.seqlen_q, p.heads, p.head_dim};
+}
+
+Shape key_shape(const AttentionProblem& p) {
+  return p.cu_seqlens_q != nullptr ? Shape{p.total_k, p.heads, p.head_dim}
+                                   : Shape{p.batch, p.seqlen_k, p.heads, p.head_dim};
 }
 
 // The CUDA kernels read 16 bytes at a time, and Hopper's copy engine knows no stride of 0. A view whose rows do not
-// start on 16 bytes, or that repeats itself, is copied.
-Tensor aligned(const Tensor& t) {
-  if (!t.is_cuda() || t.numel() == 0) return t;
+// start on 16 bytes, or that repeats itself, is copied; one that is refused, for its last dimension, is not.
+void align(Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (!t.is_cuda() || t.numel() == 0 || t.stride(last) != 1) return;
   bool fits = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i)
-    fits = fits && (t.size(i) == 1 || (t.stride(i) % 8 == 0 && t.stride(i) != 0));
-  if (fits) return t;
+  for (int64_t i = 0; i < last; ++i) fits = fits && (t.size(i) == 1 || (t.stride(i) % 8 == 0 && t.stride(i) != 0));
+  if (fits) return;
   Tensor copy = empty_on(t, shape_vector(t), t.scalar_type());
-  return torch::stable::copy_(copy, t);
+  t = torch::stable::copy_(copy, t);
 }
 
-// Packed tokens that no sequence owns are not visited by the kernels, so their outputs start as zeros.
-Tensor result_like(const Tensor& t, bool packed) {
-  return packed ? zeros_on(t, shape_vector(t), t.scalar_type()) : empty_on(t, shape_vector(t), t.scalar_type());
+// A result of `shape` (B, S, H, D) or (T, H, D) in memory, so that what its reader reshapes it to is no copy; with
+// heads_first its dimensions are then exchanged. Packed tokens that no sequence owns are not visited by the kernels, so
+// they start as zeros.
+Tensor result_on(const Tensor& like, const Shape& shape, ScalarType dtype, bool packed, bool heads_first = false) {
+  const Tensor result = packed ? zeros_on(like, shape, dtype) : empty_on(like, shape, dtype);
+  const Axes axes = axes_of(packed, heads_first);
+  return heads_first ? exchanged(result, axes.token, axes.head) : result;
 }
 
 // `floats` of scratch memory and where they begin; nothing if there are none.
@@ -196,111 +220,67 @@ using ForwardScratch = int64_t (*)(const AttentionProblem&);
 using Scratch = BackwardScratch (*)(const AttentionProblem&);
 
 template <Forward kForward, ForwardScratch kScratch>
-std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<double> scale, bool causal,
-                                         bool deterministic, OptionalTensor kv_range, double dropout_p,
-                                         OptionalTensor rng_state, OptionalTensor cu_seqlens_q,
-                                         OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                         OptionalTensor row_start, OptionalTensor row_index, OptionalTensor col_start,
-                                         OptionalTensor col_index, OptionalTensor row_items, OptionalTensor col_items,
-                                         int64_t block_size) {
+void attention_fwd(StableIValue* values, uint64_t, uint64_t) {
+  Arguments a{values};
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (q.is_cuda()) guard.emplace(q.get_device_index());
-  q = aligned(q), k = aligned(k), v = aligned(v);
-  AttentionProblem p = make_problem({q,
-                                     k,
-                                     v,
-                                     scale,
-                                     causal,
-                                     deterministic,
-                                     kv_range,
-                                     dropout_p,
-                                     rng_state,
-                                     cu_seqlens_q,
-                                     cu_seqlens_k,
-                                     max_seqlen_q,
-                                     max_seqlen_k,
-                                     row_start,
-                                     row_index,
-                                     col_start,
-                                     col_index,
-                                     row_items,
-                                     col_items,
-                                     block_size});
-  const bool packed = p.cu_seqlens_q != nullptr;
-  Tensor out = result_like(q, packed);
-  Tensor lse = packed ? zeros_on(q, lse_shape(p), ScalarType::Float) : empty_on(q, lse_shape(p), ScalarType::Float);
-  p.out = view_of(out, "out", packed);
+  if (a.q.is_cuda()) guard.emplace(a.q.get_device_index());
+  for (Tensor* t : {&a.q, &a.k, &a.v}) align(*t);
+  AttentionProblem p = make_problem(a);
+  const Tensor out = result_on(a.q, query_shape(p), a.q.scalar_type(), a.packed());
+  const Tensor lse = result_on(a.q, lse_shape(p), ScalarType::Float, a.packed());
+  p.out = view_of(out, "out", axes_of(a.packed(), false));
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  const OptionalTensor partial = scratch_on(q, kScratch(p), p.partial);
+  const OptionalTensor partial = scratch_on(a.q, kScratch(p), p.partial);
   OptionalTensor ticket;
   if (p.row_items.count > 0) {
-    ticket = zeros_on(q, {1}, ScalarType::Int);
+    ticket = zeros_on(a.q, {1}, ScalarType::Int);
     p.ticket = static_cast<int32_t*>(ticket->mutable_data_ptr());
   }
   if (out.numel() > 0) kForward(p);
-  return {out, lse};
+  give(values, out, lse);
 }
 
 template <Backward kBackward, Scratch kScratch>
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
-                                                 std::optional<double> scale, bool causal, bool deterministic,
-                                                 OptionalTensor kv_range, double dropout_p, OptionalTensor rng_state,
-                                                 OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                                 int64_t max_seqlen_q, int64_t max_seqlen_k, OptionalTensor row_start,
-                                                 OptionalTensor row_index, OptionalTensor col_start,
-                                                 OptionalTensor col_index, OptionalTensor row_items,
-                                                 OptionalTensor col_items, int64_t block_size) {
+void attention_bwd(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack{values};
+  Tensor dout = stack.take<Tensor>(), out = stack.take<Tensor>();
+  const Tensor lse = stack.take<Tensor>();
+  Arguments a{stack};
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (q.is_cuda()) guard.emplace(q.get_device_index());
-  q = aligned(q), k = aligned(k), v = aligned(v), out = aligned(out), dout = aligned(dout);
-  AttentionProblem p = make_problem({q,
-                                     k,
-                                     v,
-                                     scale,
-                                     causal,
-                                     deterministic,
-                                     kv_range,
-                                     dropout_p,
-                                     rng_state,
-                                     cu_seqlens_q,
-                                     cu_seqlens_k,
-                                     max_seqlen_q,
-                                     max_seqlen_k,
-                                     row_start,
-                                     row_index,
-                                     col_start,
-                                     col_index,
-                                     row_items,
-                                     col_items,
-                                     block_size});
-  const bool packed = p.cu_seqlens_q != nullptr;
-  STD_TORCH_CHECK(shape_vector(dout) == shape_vector(q) && shape_vector(out) == shape_vector(q) &&
-                      dout.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(),
-                  "flash_models: dout and out must have the shape and dtype of q");
+  if (a.q.is_cuda()) guard.emplace(a.q.get_device_index());
+  for (Tensor* t : {&a.q, &a.k, &a.v, &out, &dout}) align(*t);
+  AttentionProblem p = make_problem(a);
+  const ScalarType dtype = a.q.scalar_type();
+  STD_TORCH_CHECK(shape_vector(dout) == query_shape(p) && shape_vector(out) == query_shape(p) &&
+                      dout.scalar_type() == dtype && out.scalar_type() == dtype,
+                  "flash_models: dout and out must have the tokens, heads and dtype of q");
   STD_TORCH_CHECK(shape_vector(lse) == lse_shape(p) && lse.is_contiguous() && lse.scalar_type() == ScalarType::Float,
                   "flash_models: lse does not fit q");
-  p.out = view_of(out, "out", packed);
+  const Axes results = axes_of(a.packed(), false), inputs = axes_of(a.packed(), a.heads_first);
+  p.out = view_of(out, "out", results);
   p.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
-  Tensor dq = result_like(q, packed), dk = result_like(k, packed), dv = result_like(v, packed);
+  const Tensor dq = result_on(a.q, query_shape(p), dtype, a.packed(), a.heads_first),
+               dk = result_on(a.q, key_shape(p), dtype, a.packed(), a.heads_first),
+               dv = result_on(a.q, key_shape(p), dtype, a.packed(), a.heads_first);
   const BackwardScratch scratch = kScratch(p);
-  Tensor rows = empty_on(q, {2, scratch.rows}, ScalarType::Float);
+  const Tensor rows = empty_on(a.q, {2, scratch.rows}, ScalarType::Float);
   AttentionGradients g;
-  g.dout = view_of(dout, "dout", packed);
-  g.dq = view_of(dq, "dq", packed);
-  g.dk = view_of(dk, "dk", packed);
-  g.dv = view_of(dv, "dv", packed);
+  g.dout = view_of(dout, "dout", results);
+  g.dq = view_of(dq, "dq", inputs);
+  g.dk = view_of(dk, "dk", inputs);
+  g.dv = view_of(dv, "dv", inputs);
   g.delta = static_cast<float*>(rows.mutable_data_ptr());
   g.shift = g.delta + scratch.rows;
   OptionalTensor zeroed;
   if (scratch.dq_sum + scratch.tickets > 0) {
-    zeroed = zeros_on(q, {scratch.dq_sum + scratch.tickets}, ScalarType::Float);
+    zeroed = zeros_on(a.q, {scratch.dq_sum + scratch.tickets}, ScalarType::Float);
     float* begin = static_cast<float*>(zeroed->mutable_data_ptr());
     if (scratch.dq_sum > 0) g.dq_sum = begin;
     g.ticket = reinterpret_cast<int32_t*>(begin + scratch.dq_sum);
   }
-  const OptionalTensor partial = scratch_on(q, scratch.partial, p.partial);
-  if (q.numel() > 0 || k.numel() > 0) kBackward(p, g);
-  return {dq, dk, dv};
+  const OptionalTensor partial = scratch_on(a.q, scratch.partial, p.partial);
+  if (a.q.numel() > 0 || a.k.numel() > 0) kBackward(p, g);
+  give(values, dq, dk, dv);
 }
 
 }  // namespace
@@ -319,19 +299,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_models, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flash_models, CPU, m) {
   m.impl("attention_fwd",
-         TORCH_BOX((&flash_models::attention_fwd<flash_models::attention_fwd_cpu, flash_models::forward_scratch_cpu>)));
-  m.impl(
-      "attention_bwd",
-      TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cpu, flash_models::backward_scratch_cpu>)));
+         flash_models::attention_fwd<flash_models::attention_fwd_cpu, flash_models::forward_scratch_cpu>);
+  m.impl("attention_bwd",
+         flash_models::attention_bwd<flash_models::attention_bwd_cpu, flash_models::backward_scratch_cpu>);
 }
 
 #ifdef FLASH_MODELS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flash_models, CUDA, m) {
-  m.impl(
-      "attention_fwd",
-      TORCH_BOX((&flash_models::attention_fwd<flash_models::attention_fwd_cuda, flash_models::forward_scratch_cuda>)));
-  m.impl(
-      "attention_bwd",
-      TORCH_BOX((&flash_models::attention_bwd<flash_models::attention_bwd_cuda, flash_models::backward_scratch_cuda>)));
+  m.impl("attention_fwd",
+         flash_models::attention_fwd<flash_models::attention_fwd_cuda, flash_models::forward_scratch_cuda>);
+  m.impl("attention_bwd",
+         flash_models::attention_bwd<flash_models::attention_bwd_cuda, flash_models::backward_scratch_cuda>);
 }
 #endif

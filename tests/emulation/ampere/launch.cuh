@@ -10,13 +10,12 @@ namespace flash_models {
 inline int compute_capability() { return FM_EMULATED_CAPABILITY; }
 inline int multiprocessors() { return 2; }  // few, so that CTAs take several tiles
 
-template <typename... Parameters, typename... Arguments>
-void launch(const char*, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void*,
-            const Arguments&... arguments) {
-  if (threads > emulation::kMaxThreads || shared > static_cast<int>(sizeof(emulation::shared_memory)))
+template <auto kKernel, int kShared, typename... Arguments>
+void launch(const char*, int64_t blocks, int threads, void*, const Arguments&... arguments) {
+  if (threads > emulation::kMaxThreads || kShared > static_cast<int>(sizeof(emulation::shared_memory)))
     throw std::runtime_error("the emulation is too small for this launch");
   emulation::grid = static_cast<int>(blocks);
-  emulation::body = [&] { kernel(arguments...); };
+  emulation::body = [&] { kKernel(arguments...); };
   for (int64_t block = 0; block < blocks; ++block) {
     emulation::block = static_cast<int>(block);
     emulation::run_block(threads);
