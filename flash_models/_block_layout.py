@@ -60,6 +60,7 @@ class BlockLayout:
     col_index: torch.Tensor  # int32 (as row_index,)
     max_listed: int  # listed blocks of all Hl heads together, or more: what the host knows without asking the device
     names: tuple[str, ...] = ("block mask",)  # the pattern and its parameters, for figures; one, or one per head
+    full: bool = False  # known to list every block, so that it hides nothing: attention is then dense
     row_items: torch.Tensor | None = None  # on CUDA, see `with_work_items`
     col_items: torch.Tensor | None = None
 
@@ -137,13 +138,15 @@ def block_shape(seqlen_q, seqlen_k, block_size, heads=1):
     return shape
 
 
-def layout_of_mask(mask, seqlen_q, seqlen_k, block_size, *, max_listed=None, symmetric=False, name="block mask"):
+def layout_of_mask(
+    mask, seqlen_q, seqlen_k, block_size, *, max_listed=None, symmetric=False, name="block mask", full=False
+):
     """The layout that lists the True blocks of `mask`, bool (Hl, nq, nk).
 
     max_listed: an upper bound of their number; all blocks if None. `symmetric`: the mask is its own transpose, so that
-    rows and columns share their lists.
+    rows and columns share their lists. `full`: all blocks are True.
     """
     max_listed = mask.numel() if max_listed is None else min(max_listed, mask.numel())
     rows = block_lists(mask, max_listed)
     columns = rows if symmetric else block_lists(mask.transpose(1, 2), max_listed)
-    return with_work_items(BlockLayout(block_size, seqlen_q, seqlen_k, *rows, *columns, max_listed, (name,)))
+    return with_work_items(BlockLayout(block_size, seqlen_q, seqlen_k, *rows, *columns, max_listed, (name,), full))

@@ -62,6 +62,15 @@ CHECKPOINTS = {
             max_tokens=65_600,
             script="eval/path256.py",
         ),
+        Checkpoint(
+            name="bert-mini-16k-flash",
+            title="BERT-mini for long documents",
+            task="masked language modelling of English novels and court cases",
+            pipeline_tag="fill-mask",
+            license="cc-by-nc-sa-4.0",
+            max_tokens=16_384,
+            script="eval/pretrain_mlm.py",
+        ),
     )
 }
 

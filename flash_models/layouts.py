@@ -98,6 +98,7 @@ def per_head(layouts, num_heads=None):
         *columns,
         sum(distinct[i].max_listed for i in of_head),
         tuple(distinct[i].names[0] for i in of_head),
+        all(layout.full for layout in distinct),
     )
     return with_work_items(joint)
 

@@ -36,7 +36,7 @@ def dense(seqlen_q, seqlen_k=None, *, block_size=128, device=None):
     check_length("seqlen_k", seqlen_k)
     mask = torch.ones(block_shape(seqlen_q, seqlen_k, block_size), dtype=torch.bool, device=device)
     symmetric = mask.shape[1] == mask.shape[2]
-    return layout_of_mask(mask, seqlen_q, seqlen_k, block_size, symmetric=symmetric, name="dense")
+    return layout_of_mask(mask, seqlen_q, seqlen_k, block_size, symmetric=symmetric, name="dense", full=True)
 
 
 def _numbers(seqlen, block_size, device):
@@ -59,13 +59,17 @@ def _global_blocks(n_global, block_size):
     return -(-n_global // block_size)
 
 
-def _square_layout(mask, global_blocks, blocks_per_row, seqlen, block_size, **options):
-    """The layout of `mask`, bool (n, n), written over, and global blocks; `blocks_per_row` bounds the mask's rows."""
+def _square_layout(mask, global_blocks, blocks_per_row, seqlen, block_size, *, reach=0, **options):
+    """The layout of `mask`, bool (n, n), written over, and global blocks.
+
+    `blocks_per_row` bounds the mask's rows; `reach`: the mask holds the band of so many blocks to either side.
+    """
     n = mask.shape[0]
     mask[:global_blocks] = True
     mask[:, :global_blocks] = True
     global_blocks = min(global_blocks, n)
     max_listed = global_blocks * n + (n - global_blocks) * min(global_blocks + blocks_per_row, n)
+    options["full"] = max(reach + 1, global_blocks) >= n
     return layout_of_mask(mask[None], seqlen, seqlen, block_size, max_listed=max_listed, **options)
 
 
@@ -83,7 +87,9 @@ def local_global(seqlen, window, n_global, *, block_size=128, device=None):
     reach, global_blocks = _reach(window, block_size), _global_blocks(n_global, block_size)
     name = f"local_global, window {window}, {n_global} global tokens" if n_global else f"local, window {window}"
     mask = (row - col).abs_() <= reach
-    return _square_layout(mask, global_blocks, 2 * reach + 1, seqlen, block_size, symmetric=True, name=name)
+    return _square_layout(
+        mask, global_blocks, 2 * reach + 1, seqlen, block_size, reach=reach, symmetric=True, name=name
+    )
 
 
 def _mixed(x):
@@ -130,7 +136,8 @@ def bigbird(seqlen, window, n_global, n_random, seed=0, *, block_size=128, devic
         mask.scatter_(1, _random_blocks(n, reach, global_blocks, n_random, seed, device), True)
     mask = mask[:, :n] | ((row - col).abs_() <= reach)
     name = f"bigbird, window {window}, {n_global} global tokens, {n_random} random blocks, seed {seed}"
-    return _square_layout(mask, global_blocks, 2 * reach + 1 + n_random, seqlen, block_size, name=name)
+    per_row = 2 * reach + 1 + n_random
+    return _square_layout(mask, global_blocks, per_row, seqlen, block_size, reach=reach, name=name)
 
 
 def check_stride(stride, block_size):

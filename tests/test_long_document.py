@@ -223,17 +223,18 @@ def test_memory_budget_packing_and_checkpointing_do_not_change_what_is_learned(d
 def test_two_processes_learn_what_one_does(bert, tmp_path):
     file = write_csv(tmp_path / "train.csv", weather(24))
     command = ["--train_file", file, "--max_length", 64, "--max_train_steps", 1, "--unpad", "--max_batch_tokens", 100]
-    train(bert, tmp_path / "one", *command)
-    script = [long_document.__file__, "--do_train", "--model_name_or_path", bert, "--output_dir", tmp_path / "two"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *script]
-    whole = [*launch, "--learning_rate", 5e-3, *command, "--per_device_train_batch_size", 4]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([str(part) for part in whole], env=environment, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert json.loads((tmp_path / "two" / "all_results.json").read_text())["num_processes"] == 2
-    expected = load_file(tmp_path / "one" / "checkpoint" / "exp_avg.safetensors")
+    for processes, batch_size in ((1, 8), (2, 4)):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        script = [long_document.__file__, "--do_train", "--model_name_or_path", bert, *command]
+        script += ["--output_dir", tmp_path / str(processes), "--per_device_train_batch_size", batch_size]
+        whole = [str(part) for part in (*launch, *script, "--learning_rate", 5e-3)]
+        ended = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    assert json.loads((tmp_path / "2" / "all_results.json").read_text())["num_processes"] == 2
+    expected = load_file(tmp_path / "1" / "checkpoint" / "exp_avg.safetensors")
     size = max(value.abs().max() for value in expected.values())
-    for key, value in load_file(tmp_path / "two" / "checkpoint" / "exp_avg.safetensors").items():
+    for key, value in load_file(tmp_path / "2" / "checkpoint" / "exp_avg.safetensors").items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5 * size.item(), msg=key)
 
 

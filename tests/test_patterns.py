@@ -243,3 +243,25 @@ def test_errors_say_what_to_do():
 def test_per_head_config_errors(heads, message):
     with pytest.raises(ValueError, match=message):
         from_config({"pattern": "per_head", "heads": heads}, 300, 300, num_heads=4)
+
+
+def test_what_lists_every_block_is_known_to(device):
+    """From the sizes alone, so that attention can be dense; never where a block is missing."""
+    options = {"block_size": 64, "device": device}
+    full = [
+        dense(300, 500, **options),
+        local(300, 256, **options),
+        local_global(300, 0, 257, **options),
+        bigbird(300, 256, 0, 1, **options),
+    ]
+    others = [
+        local(300, 192, **options),
+        local_global(300, 0, 192, **options),
+        bigbird(300, 192, 0, 1, **options),
+        butterfly(300, **options),
+        strided(300, 64, **options),
+    ]
+    assert all(layout.full and layout.density == 1 for layout in full)
+    assert not any(layout.full for layout in others)
+    assert all(layout.density < 1 for layout in others[:2])
+    assert per_head([full[1], full[2]]).full and not per_head([full[1], others[0]]).full

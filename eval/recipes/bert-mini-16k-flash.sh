@@ -4,6 +4,8 @@
 #
 #   TEXTS="novels.tar.xz cases.jsonl.xz" MINUTES=8 eval/recipes/bert-mini-16k-flash.sh runs/bert-mini    # again and again
 #
+# The shipped one: PROCESSES=2 SHORT_BATCH=128 LONG_BATCH=32, the same batches on two GPUs.
+#
 # TEXTS      text files, folders, tar archives, JSON lines: what it is pretrained on. Whole documents are held out.
 # PROCESSES  GPUs of this machine (default 1). MINUTES  stop after so many and save the state (default: run to the end).
 # First on pieces of 1,024 tokens, in <output>/short, which is cheap, then on 16,384. Another run of the same command goes
@@ -20,11 +22,11 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if [ ! -f "$output/short/model.safetensors" ]; then
     stage=$output/short
     options=(--config_name eval/recipes/bert-mini-16k-flash.json --vocab_size 8192 --max_length 1024
-        --per_device_train_batch_size "${SHORT_BATCH:-256}" --max_train_steps "${SHORT_STEPS:-4000}" --learning_rate 1e-3)
+        --per_device_train_batch_size "${SHORT_BATCH:-256}" --max_train_steps "${SHORT_STEPS:-3000}" --learning_rate 1e-3)
 else
     stage=$output/long
     options=(--model_name_or_path "$output/short" --max_length 16384
-        --per_device_train_batch_size "${LONG_BATCH:-64}" --max_train_steps "${LONG_STEPS:-600}" --learning_rate 3e-4)
+        --per_device_train_batch_size "${LONG_BATCH:-64}" --max_train_steps "${LONG_STEPS:-250}" --learning_rate 3e-4)
 fi
 [ -d "$stage/checkpoint" ] && options+=(--resume_from_checkpoint "$stage")
 [ -n "${MINUTES:-}" ] && options+=(--max_train_minutes "$MINUTES")

@@ -183,23 +183,6 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
   }
 }
 
-// Sets the transposed scores that do not attend to -inf: rows are keys k0 .., columns queries q0 ...
-template <int kN>
-__device__ __forceinline__ void mask_transposed(float (&s)[1][kN][4], const Visible& visible, int q_len, int q0, int k0,
-                                                const Lane& lane) {
-  const int last = q_len - 1 - q0 - lane.col;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int key = k0 + 8 * half + lane.row;
-    const int first = key >= visible.lo && key < visible.hi ? key - visible.diagonal - q0 - lane.col : 1 << 30;
-#pragma unroll
-    for (int n = 0; n < kN; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (8 * n + i < first || 8 * n + i > last) s[0][n][2 * half + i] = -INFINITY;
-  }
-}
-
 template <typename T, typename Config, bool kDropout>
 __device__ __forceinline__ void consume(const AttentionProblem& p, const AttentionGradients& g) {
   constexpr int kDim = Config::kDim, kTileQ = Config::kTileQ, kDqDim = Config::kDqDim, kN = kTileQ / 8;
@@ -259,14 +242,14 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     clear(dk);
     clear(dv);
     int last_q0 = q_len, query = note.walks() ? await_queries(ring) : 1;  // no tile yet
-    bool first = true;
-    while (note.walks()) {
+    const bool walks = note.walks();
+    while (walks) {
       const int q0 = query & ~1, stage = ring.stage;
       float scores[1][kN][4], dp[1][kN][4], dq[1][kDqDim / 8][4];
       ptx::wgmma_fence();
       multiply_rows<T>(scores, shared.k(keys.stage), 64 * warpgroup, shared.q(stage));
       ptx::wgmma_commit();
-      multiply_dq(dq, first);
+      multiply_dq(dq, last_q0 == q_len);
       ptx::wgmma_wait<0>();
       store_dq(dq);
       ptx::mbarrier_wait(shared.dout_full(stage), ring.parity);
@@ -323,10 +306,9 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       ptx::wgmma_wait<0>();
       ptx::mbarrier_arrive_warp(shared.q_empty(stage));
       ring = next;
-      first = false;
       if (!more) break;
     }
-    if (!first) {
+    if (last_q0 != q_len) {
       float dq[1][kDqDim / 8][4];
       multiply_dq(dq, false);
       ptx::wgmma_wait<0>();
@@ -335,21 +317,23 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       __syncwarp();
       add_dq(last_q0);
     }
+    const TileNote done = *shared.note(keys.stage);  // read again, so that it need not be kept
+    const Sequence s = sequence_of(p, done.batch);
     ptx::mbarrier_arrive_warp(shared.kv_empty(keys.stage));
     keys.advance();
 
-    if (note.slot() >= 0) {
+    if (done.slot() >= 0) {
       const float one[2] = {1.0f, 1.0f};
-      float* partial = partial_of_warp(p, note.slot(), row0, partial_dkv_floats(kDim));
+      float* partial = partial_of_warp(p, done.slot(), row0, partial_dkv_floats(kDim));
       store_partial(dk, one, partial, lane.id);
       store_partial(dv, one, partial + 16 * kDim, lane.id);
       continue;
     }
     const float dv_factor[1][2] = {{kDropout ? p.keep_scale : 1.0f, kDropout ? p.keep_scale : 1.0f}};
     const float dk_factor[1][2] = {{p.scale, p.scale}};
-    const int rows = static_cast<int>(tile.s.k_len) - k0, dims = static_cast<int>(p.head_dim);
-    T* dk_out = static_cast<T*>(g.dk.data) + key_offset(g.dk, tile.s, note.batch, note.head) + k0 * g.dk.seq;
-    T* dv_out = static_cast<T*>(g.dv.data) + key_offset(g.dv, tile.s, note.batch, note.head) + k0 * g.dv.seq;
+    const int rows = static_cast<int>(s.k_len) - k0, dims = static_cast<int>(p.head_dim);
+    T* dk_out = static_cast<T*>(g.dk.data) + key_offset(g.dk, s, done.batch, done.head) + k0 * g.dk.seq;
+    T* dv_out = static_cast<T*>(g.dv.data) + key_offset(g.dv, s, done.batch, done.head) + k0 * g.dv.seq;
     store_fragments<T>(dk, dk_factor, dk_out, g.dk.seq, rows, dims, lane);
     store_fragments<T>(dv, dv_factor, dv_out, g.dv.seq, rows, dims, lane);
   }

@@ -35,11 +35,11 @@ template <int kDim_, int kWarpgroups_, int kTileK_>
 struct ForwardConfig {
   static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileK = kTileK_;
   static constexpr int kTileQ = 64 * kWarpgroups, kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kStages = kDim <= 64 ? 4 : 2;
-  static constexpr int kCtasPerSm = kWarpgroups == 1 ? 2 : 1;
+  static constexpr int kCtasPerSm = kWarpgroups == 1 ? (kDim <= 64 ? 3 : 2) : 1;
+  static constexpr int kStages = kDim <= 64 ? (kWarpgroups == 1 ? 3 : 4) : 2;
   // What setmaxnreg hands from the producer to the consumers: 512 registers for each lane of the SM's four schedulers.
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 40 : 24;
-  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kCtasPerSm == 3 ? 136 : 232;
 };
 
 struct ForwardMaps {

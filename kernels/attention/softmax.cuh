@@ -38,6 +38,23 @@ __device__ __forceinline__ void mask_scores(float (&s)[kM][kN][4], const Visible
   }
 }
 
+// Sets the transposed scores that do not attend to -inf: rows are keys k0 .., columns queries q0 ...
+template <int kN>
+__device__ __forceinline__ void mask_transposed(float (&s)[1][kN][4], const Visible& visible, int q_len, int q0, int k0,
+                                                const Lane& lane) {
+  const int last = q_len - 1 - q0 - lane.col;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int key = k0 + 8 * half + lane.row;
+    const int first = key >= visible.lo && key < visible.hi ? key - visible.diagonal - q0 - lane.col : 1 << 30;
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (8 * n + i < first || 8 * n + i > last) s[0][n][2 * half + i] = -INFINITY;
+  }
+}
+
 // State of the rows a lane shares with the other three lanes of its quad: kM fragments of two rows each.
 template <int kM>
 struct OnlineSoftmax {
