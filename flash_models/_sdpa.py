@@ -7,6 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from ._checks import autocast_dtype
 from ._library import no_kernel_reason
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 def why_not_kernel(query, key, value, mask, position_bias):
     """The reason, as the end of a sentence, why the kernels do not take this call; None if they do."""
@@ -20,8 +22,8 @@ def why_not_kernel(query, key, value, mask, position_bias):
     no_kernel = no_kernel_reason(query.device)
     if no_kernel is not None:
         return f"a missing kernel: {no_kernel}"
-    dtype = autocast_dtype(query) or query.dtype
-    if dtype not in (torch.bfloat16, torch.float16) and not (dtype == torch.float32 and query.is_cpu):
+    dtype = query.dtype  # first, for asking autocast takes longer
+    if dtype not in _HALF and not (dtype == torch.float32 and query.is_cpu) and autocast_dtype(query) not in _HALF:
         return f"the dtype {dtype} on {query.device.type} (use bfloat16, float16 or torch.autocast)"
     _, heads, _, head_dim = query.shape
     if head_dim % 8 or head_dim > 128 or value.shape[3] != head_dim:
