@@ -44,9 +44,9 @@ def rollout(model, input_ids, token):
     """What `token` has read after each layer: fp32 (num_layers, S), rows that add up to 1. input_ids (1, S)."""
     calls = []
 
-    def record(q, k, v, *, scale=None, layout=None, **options):
-        blocks = layouts.dense(q.shape[1], k.shape[1], device=q.device) if layout is None else layout
-        calls.append((q[0].float(), k[0].float(), scale, blocks))
+    def record(q, k, v, *, scale=None, layout=None, **options):  # heads first
+        blocks = layouts.dense(q.shape[2], k.shape[2], device=q.device) if layout is None else layout
+        calls.append((q[0].transpose(0, 1).float(), k[0].transpose(0, 1).float(), scale, blocks))
         return attention(q, k, v, scale=scale, layout=layout, **options)
 
     with patch.object(hf, "attention", record):

@@ -32,7 +32,7 @@ def test_rollout_multiplies_the_attention_of_the_layers(model, sparse, monkeypat
     matrices, ours = [], hf.attention
 
     def whole(q, k, v, *, layout=None, **options):
-        scores = torch.einsum("bqhd,bkhd->hqk", q, k) / q.shape[-1] ** 0.5
+        scores = torch.einsum("bhqd,bhkd->hqk", q, k) / q.shape[-1] ** 0.5
         if layout is not None:
             scores = scores.masked_fill(~layout.token_mask(), -torch.inf)
         matrices.append(scores.softmax(-1).mean(0))

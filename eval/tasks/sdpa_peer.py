@@ -17,8 +17,7 @@ def sdpa_instead(mask=None):
     Only the op is exchanged, so that rotary positions stay. A block layout in the model's config does not count: what
     it hides must be in the mask."""
 
-    def attention(q, k, v, *, scale=None, **options):
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    def attention(q, k, v, *, scale=None, **options):  # heads first
         if mask is None:
             return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
         rows = zip(q.split(MASKED_ROWS, 2), mask.split(MASKED_ROWS), strict=True)
