@@ -71,9 +71,9 @@ struct AttentionProblem {
 // The backward pass also reads p.out and p.lse.
 struct AttentionGradients {
   View dout, dq, dk, dv;
-  float* delta = nullptr;   // scratch, BackwardScratch::rows floats: rowsum(dout * out)
-  float* shift = nullptr;   // the same: lse in the form that the CUDA kernels subtract
-  float* dq_sum = nullptr;  // scratch, zeroed, BackwardScratch::dq_sum floats; nullptr when that is 0
+  float* delta = nullptr;     // scratch, BackwardScratch::rows floats: rowsum(dout * out)
+  float* shift = nullptr;     // the same: lse in the form that the CUDA kernels subtract
+  float* dq_sum = nullptr;    // scratch, zeroed, BackwardScratch::dq_sum floats; nullptr when that is 0
   int32_t* ticket = nullptr;  // 0 at the start: the next key tile of a CTA
 };
 
