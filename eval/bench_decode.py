@@ -13,12 +13,11 @@ Writes a CSV file to eval/results/; the last line on stdout is one JSON object.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
-from bench_attention import conditions, error_ratio, machine_name, milliseconds, write_csv
+from bench_attention import conditions, error_ratio, milliseconds, report_rows
 from torch.nn.functional import scaled_dot_product_attention
 
 import flash_models
@@ -82,11 +81,7 @@ def main(argv=None):
             for keys in lengths:
                 rows.append(measure(queries, keys, head_dim, device))
                 print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    quick = "-quick" if args.quick else ""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path = args.output_dir / f"decode-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}{quick}.csv"
-    write_csv(rows, facts, path)
-    print(json.dumps({"benchmark": "decode", **facts, "rows": rows, "csv": str(path)}))
+    report_rows("decode", rows, facts, args.output_dir, args.quick)
     return rows
 
 

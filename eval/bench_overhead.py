@@ -19,14 +19,13 @@ Writes a CSV file to eval/results/; the last line on stdout is one JSON object.
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from bench_attention import conditions, error_ratio, machine_name, write_csv
+from bench_attention import conditions, error_ratio, report_rows
 from transformers import BertConfig, BertModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
@@ -140,11 +139,7 @@ def main(argv=None):
     for row in measure(config, device, args.length, args.rounds):
         rows.append(shape | row)
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    quick = "-quick" if args.quick else ""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path = args.output_dir / f"overhead-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}{quick}.csv"
-    write_csv(rows, facts, path)
-    print(json.dumps({"benchmark": "overhead", **facts, "rows": rows, "csv": str(path)}))
+    report_rows("overhead", rows, facts, args.output_dir, args.quick)
     return rows
 
 
