@@ -199,7 +199,7 @@ def write_csv(rows, facts, path):
 
 
 def report_rows(benchmark, rows, facts, output_dir, quick):
-    """Write `rows` to a CSV file named after the benchmark and the machine; print them and its path as one JSON line."""
+    """Write `rows` to a CSV file named after benchmark and machine; print them and its path as one JSON line."""
     output_dir.mkdir(parents=True, exist_ok=True)
     name = f"{benchmark}-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}" + ("-quick" if quick else "")
     path = output_dir / f"{name}.csv"

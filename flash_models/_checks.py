@@ -160,13 +160,16 @@ def check_layout(layout, heads, seqlen_q, seqlen_k, device):
     block_size = layout.block_size
     if block_size not in (64, 128):
         raise ValueError(f"layout.block_size is {block_size}; expected 64 or 128")
-    lists, rows, columns = layout.row_start.size(0), layout.row_start.size(1) - 1, layout.col_start.size(1) - 1
+    rows, columns = -(-layout.seqlen_q // block_size), -(-layout.seqlen_k // block_size)
     if rows != -(-seqlen_q // block_size) or columns != -(-seqlen_k // block_size):
         raise ValueError(
             f"the layout has {rows} x {columns} blocks of {block_size}; {seqlen_q} queries and {seqlen_k} keys need "
             f"{-(-seqlen_q // block_size)} x {-(-seqlen_k // block_size)}: build it for these lengths (for packed "
             "sequences: pass max_seqlen_q and max_seqlen_k of the layout)"
         )
+    if torch.compiler.is_compiling():  # torch 2.11 cannot guard sizes of lists that are constants of a graph
+        return
+    lists = layout.num_heads
     if lists != 1 and lists != heads:
         raise ValueError(f"the layout has {lists} heads, q has {heads}; expected 1 (shared by all heads) or {heads}")
     if layout.row_start.device != device:

@@ -117,8 +117,7 @@ def _checked_options(
         check_kv_range(kv_range, batch, q.device, max_seqlen_k, k_lengths)
         options["kv_range"] = kv_range.contiguous()
     if layout is not None:
-        if not torch.compiler.is_compiling():  # torch 2.11 cannot guard sizes of what is constant in a graph
-            check_layout(layout, heads, max_seqlen_q, max_seqlen_k, q.device)
+        check_layout(layout, heads, max_seqlen_q, max_seqlen_k, q.device)
         if not layout.full:
             options |= {name: getattr(layout, name) for name in LISTS if getattr(layout, name) is not None}
             options["block_size"] = layout.block_size

@@ -6,7 +6,7 @@ import torch
 from tiny_models import MODELS, VOCABULARY, assert_same, padding, token_ids, triplet
 from transformers import AutoConfig
 
-from flash_models import FlashBertConfig, FlashBertForMaskedLM, layouts, patch
+from flash_models import FlashBertConfig, FlashBertForMaskedLM, attention, layouts, patch
 
 PER_HEAD = {
     "pattern": "per_head",
@@ -137,3 +137,10 @@ def test_patterns_that_do_not_fit_the_heads():
         patch(MODELS["gpt2"](), block_sparse=three)
     with pytest.raises(ValueError, match="3 patterns do not repeat over 4 heads"):
         FlashBertConfig(hidden_size=32, num_attention_heads=4, block_sparse=three)
+
+
+def test_a_compiled_call_checks_the_lengths_of_its_layout(device):
+    q, layout = torch.randn(1, 100, 4, 16, device=device), layouts.local(300, 64, block_size=64, device=device)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="the layout has 5 x 5 blocks of 64; 100 queries and 100 keys need 2 x 2"):
+        compiled(q.bfloat16(), q.bfloat16(), q.bfloat16(), layout=layout)
