@@ -52,9 +52,9 @@ bench: $(READY)
 
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH="$(CURDIR)/build/sanitized" compute-sanitizer --error-exitcode 1
 sanitize: $(READY)
-	cmake -S kernels -B build/sanitize -G Ninja -DPython_EXECUTABLE="$$(command -v $(lastword $(PY)))" -DCMAKE_CUDA_FLAGS=-DFM_EVERY_LANE_ARRIVES
-	cmake --build build/sanitize
-	mkdir -p build/sanitized && cp -r flash_models build/sanitized/ && cmake --install build/sanitize --prefix build/sanitized --strip
+	$(WITH_TOOLS) cmake -S kernels -B build/sanitize -G Ninja -DPython_EXECUTABLE="$$(command -v $(lastword $(PY)))" -DCMAKE_CUDA_FLAGS=-DFM_EVERY_LANE_ARRIVES
+	$(WITH_TOOLS) cmake --build build/sanitize
+	mkdir -p build/sanitized && cp -r flash_models build/sanitized/ && $(WITH_TOOLS) cmake --install build/sanitize --prefix build/sanitized --strip
 	$(SANITIZE) --tool memcheck $(lastword $(PY)) tests/run_every_kernel.py
 	$(SANITIZE) --tool racecheck $(lastword $(PY)) tests/run_every_kernel.py
 

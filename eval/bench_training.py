@@ -2,8 +2,8 @@
 """Seconds per training step of BERT and GPT-2: transformers against `flash_models.patch(model, fuse=True)`.
 
 The same random weights and batches, transformers' default dropout, bfloat16 autocast (float32 on a CPU) and fused
-AdamW for all of them, in one process: transformers' eager and SDPA attention, SDPA under torch.compile, and ours
-without and with torch.compile. A step is forward, backward and the optimizer. Padded batches have lengths uniform in
+AdamW for all of them, in one process: transformers' eager and SDPA attention, SDPA under torch.compile, ours without
+and with torch.compile, and ours block-sparse, with a window of 256 tokens and 128 global ones. A step is forward, backward and the optimizer. Padded batches have lengths uniform in
 S / 4 to S; tokens per second and MFU count real tokens. MFU is of the GPU's published bfloat16 peak.
 
 Before a case is timed, the gradients of our model, dropout off, must be as near to those in float32 as transformers'
@@ -57,13 +57,15 @@ def gradient(case, variant, batch, context):
     return torch.cat([weight.grad.float().flatten() for weight in model.parameters()])
 
 
-def verify(case, device):
+def verify(case, device, sparse):
     """The error of our gradients as a multiple of transformers', both against transformers in float32. Exits if more
-    than TOLERANCE."""
+    than TOLERANCE. sparse: of block-sparse attention, against SDPA under its mask."""
     few = Case(case.model, min(case.batch, 2), min(case.length, 4096), case.padded)  # all of it in float32 may not fit
     (batch,) = few.batches(1, device)
-    truth = gradient(few, "sdpa", batch, contextlib.nullcontext())
-    theirs, ours = (gradient(few, variant, batch, autocast(device)) for variant in ("sdpa", "flash_models"))
+    stock = few.with_block_mask(batch) if sparse else batch
+    truth = gradient(few, "sdpa", stock, contextlib.nullcontext())
+    theirs = gradient(few, "sdpa", stock, autocast(device))
+    ours = gradient(few, "flash_models_sparse" if sparse else "flash_models", batch, autocast(device))
     noise = 1e-5 * truth.norm()  # on a CPU both are float32
     ratio = ((ours - truth).norm() / ((theirs - truth).norm() + noise)).item()
     if not ratio <= TOLERANCE:
@@ -233,11 +235,11 @@ def main(argv=None):
             left += 1
             continue
         bar.set_postfix_str(f"{case.model} {case.batch} x {case.length}{' padded' * case.padded} {variant}")
-        if case not in errors:
-            errors[case] = verify(case, accelerator.device)
-        rows.append(
-            {**fields, "gradient_error_ratio": errors[case], **measure(case, variant, accelerator, args.seconds)}
-        )
+        verified = case, VARIANTS[variant][2]
+        if verified not in errors:
+            errors[verified] = verify(case, accelerator.device, verified[1])
+        fields["gradient_error_ratio"] = errors[verified]
+        rows.append({**fields, **measure(case, variant, accelerator, args.seconds)})
         add_speedups(rows)
         if main_process:
             bar.write(", ".join(f"{key} {value}" for key, value in rows[-1].items()), file=sys.stdout)

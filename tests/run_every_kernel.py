@@ -5,49 +5,82 @@
     compute-sanitizer --tool racecheck python tests/run_every_kernel.py
 
 Lengths are odd and sequences packed, so that every edge of a tile is met; the last line counts the calls.
+
+    python tests/run_every_kernel.py --repeat 10000
+
+calls those of head dims 64 and 128 in bfloat16 so often, on longer sequences, and compares every bit of outputs and
+deterministic gradients with the first call's. Exits with 1 if any differs.
 """
 
+import argparse
 import itertools
+import sys
 
 import torch
 
 import flash_models
 from flash_models.layouts import local_global
 
+DTYPES = torch.bfloat16, torch.float16
 
-def main():
-    calls = 0
-    offsets = torch.tensor([0, 70, 70, 199], dtype=torch.int32, device="cuda")
-    for head_dim, dtype, dropout_p, block_size, deterministic in itertools.product(
-        (32, 64, 96, 128), (torch.bfloat16, torch.float16), (0.0, 0.1), (None, 64, 128), (False, True)
-    ):
-        q, k, v = (torch.randn(199, 2, head_dim, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
-        layout = local_global(129, 32, 64, block_size=block_size, device="cuda") if block_size else None
+
+def training_case(head_dim, dtype, dropout_p, block_size, deterministic, times=1):
+    """A function that calls forward and backward on three packed sequences, one empty, and returns their results."""
+    offsets = times * torch.tensor([0, 70, 70, 199], dtype=torch.int32, device="cuda")
+    longest = times * 129
+    shape = int(offsets[-1]), 2, head_dim
+    q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+    dout = torch.randn(shape, device="cuda", dtype=dtype)
+    layout = local_global(longest, 32, 64, block_size=block_size, device="cuda") if block_size else None
+
+    def call():
+        torch.manual_seed(0)
         out = flash_models.attention(
-            q,
-            k,
-            v,
-            causal=block_size == 64,
-            dropout_p=dropout_p,
-            cu_seqlens_q=offsets,
-            cu_seqlens_k=offsets,
-            max_seqlen_q=129,
-            max_seqlen_k=129,
-            layout=layout,
-            deterministic=deterministic,
-        )
-        out.backward(torch.randn_like(out))
-        calls += 1
-    for head_dim, dtype, queries, keys in itertools.product(
-        (32, 64, 80, 128), (torch.bfloat16, torch.float16), (1, 3), (70, 1100)
-    ):
-        q = torch.randn(2, queries, 2, head_dim, device="cuda", dtype=dtype)
-        k, v = (torch.randn(2, keys, 2, head_dim, device="cuda", dtype=dtype) for _ in range(2))
-        flash_models.attention(q, k, v, causal=True)
-        calls += 1
+            q, k, v, causal=block_size == 64, dropout_p=dropout_p, cu_seqlens_q=offsets, cu_seqlens_k=offsets,
+            max_seqlen_q=longest, max_seqlen_k=longest, layout=layout, deterministic=deterministic,
+        )  # fmt: skip
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+    return call
+
+
+def decoding_case(head_dim, dtype, queries, keys):
+    """The same for few queries against many keys, forward alone."""
+    q = torch.randn(2, queries, 2, head_dim, device="cuda", dtype=dtype)
+    k, v = (torch.randn(2, keys, 2, head_dim, device="cuda", dtype=dtype) for _ in range(2))
+    return lambda: (flash_models.attention(q, k, v, causal=True),)
+
+
+def run_all():
+    training = itertools.product((32, 64, 96, 128), DTYPES, (0.0, 0.1), (None, 64, 128), (False, True))
+    decoding = itertools.product((32, 64, 80, 128), DTYPES, (1, 3), (70, 1100))
+    calls = [training_case(*case) for case in training] + [decoding_case(*case) for case in decoding]
+    for call in calls:
+        call()
     torch.cuda.synchronize()
-    print(f"{calls} calls")
+    print(f"{len(calls)} calls")
+
+
+def repeat_all(times):
+    training = itertools.product((64, 128), DTYPES[:1], (0.0, 0.1), (None, 64, 128), (True,))
+    decoding = itertools.product((64, 128), DTYPES[:1], (1, 3), (1100,))
+    cases = [(training_case, (*case, 7)) for case in training] + [(decoding_case, case) for case in decoding]
+    failed = 0
+    for make, case in cases:
+        call = make(*case)
+        first, differing = call(), torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(times):
+            same = [(a.view(torch.int16) == b.view(torch.int16)).all() for a, b in zip(first, call(), strict=True)]
+            differing += ~torch.stack(same).all()
+        failed += differing.item() > 0
+        print(f"{make.__name__}{case}: {differing.item()} of {times} calls differ", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, metavar="N", help="call N times and compare, instead of once each")
+    repeat = parser.parse_args().repeat
+    if repeat:
+        sys.exit(1 if repeat_all(repeat) else 0)
+    run_all()

@@ -36,16 +36,17 @@ def test_every_variant_is_timed_and_what_is_there_is_kept(tmp_path, capsys, monk
     first = last_json(capsys)
     run(*arguments)
     report = last_json(capsys)
-    assert len(first["rows"]) == 3 and len(report["rows"]) == 5 and report["rows_left"] == 0
+    assert len(first["rows"]) == 3 and len(report["rows"]) == 6 and report["rows_left"] == 0
     with open(report["csv"]) as file:
         assert file.readline().startswith("# commit")
         rows = {row["variant"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["sdpa", "eager", "sdpa_compile", "flash_models", "flash_models_compile"]
+    ours = ["flash_models", "flash_models_compile", "flash_models_sparse"]
+    assert list(rows) == ["sdpa", "eager", "sdpa_compile", *ours]
     (tokens,) = {round(float(row["tokens_per_second"]) * float(row["ms_per_step"]) / 1e3) for row in rows.values()}
     assert tokens == round(sum(Case("bert-mini", 3, 24, True).tokens(b) for b in Case(
         "bert-mini", 3, 24, True).batches(bench_training.BATCHES, "cpu")) / bench_training.BATCHES)  # fmt: skip
     assert rows["sdpa"]["ms_per_step"] == str(first["rows"][0]["ms_per_step"])
-    for name in ("flash_models", "flash_models_compile"):
+    for name in ours:
         for peer in ("eager", "sdpa", "sdpa_compile"):
             ratio = float(rows[peer]["ms_per_step"]) / float(rows[name]["ms_per_step"])
             assert float(rows[name][f"speedup_over_{peer}"]) == pytest.approx(ratio, abs=2e-3)
@@ -124,3 +125,12 @@ def test_loss_curves(tmp_path, capsys, model):
     assert report["largest_difference_transformers_other_seed"] > 1e-3
     with pytest.raises(SystemExit, match="one batch needs 4000"):
         loss_curve.main([*arguments, *small, "--batch_size", "4000"])
+
+
+@pytest.mark.parametrize("model, padded", [("bert-mini", True), ("gpt2-mini", False)])
+def test_block_sparse_gradients_are_those_under_the_mask(model, padded, monkeypatch):
+    case, device = Case(model, 2, 900, padded), torch.device("cpu")
+    assert bench_training.verify(case, device, sparse=True) <= bench_training.TOLERANCE
+    monkeypatch.setattr(Case, "with_block_mask", lambda self, batch: batch)
+    with pytest.raises(SystemExit, match="not timed"):
+        bench_training.verify(case, device, sparse=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from flash_models import patch
+from flash_models import layouts, patch
 
 MODELS = {  # name: (hidden size, layers, heads)
     "bert-large": (1024, 24, 16),
@@ -16,13 +16,16 @@ MODELS = {  # name: (hidden size, layers, heads)
     "bert-mini": (256, 4, 4),
     "gpt2-mini": (256, 4, 4),
 }
-VARIANTS = {  # name: (attention of transformers or None for ours, compiled)
-    "eager": ("eager", False),
-    "sdpa": ("sdpa", False),
-    "sdpa_compile": ("sdpa", True),
-    "flash_models": (None, False),
-    "flash_models_compile": (None, True),
+VARIANTS = {  # name: (attention of transformers or None for ours, compiled, block-sparse)
+    "eager": ("eager", False, False),
+    "sdpa": ("sdpa", False, False),
+    "sdpa_compile": ("sdpa", True, False),
+    "flash_models": (None, False, False),
+    "flash_models_compile": (None, True, False),
+    "flash_models_sparse": (None, False, True),
 }
+# Longformer's window (arXiv 2004.05150), and one block of global tokens
+BLOCK_SPARSE = {"pattern": "local_global", "window": 256, "global": 128}
 MASKED = 0.15  # of BERT's tokens
 PEAK_FLOPS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}  # dense bfloat16, as NVIDIA publishes them
 
@@ -53,7 +56,7 @@ class Case:
 
     def build(self, variant, device, dropout=True, seed=0):
         """The model in training mode, not compiled yet."""
-        attention, compiled = VARIANTS[variant]
+        attention, compiled, sparse = VARIANTS[variant]
         torch.manual_seed(seed)
         with torch.device(device):
             config = self.config(attention or "sdpa", dropout)
@@ -61,7 +64,8 @@ class Case:
         model.loss_type = "ForMaskedLM" if self.is_bert else "ForCausalLM"  # GPT-2's default, without a graph break
         if attention is None:
             # a compiled model cannot look at a mask, so it keeps the padding
-            patch(model, fuse=True, unpad=self.is_bert and self.padded and not compiled)
+            unpad = self.is_bert and self.padded and not compiled
+            patch(model, BLOCK_SPARSE if sparse else None, unpad=unpad, fuse=True)
         return model.train()
 
     def batches(self, count, device, seed=0):
@@ -83,6 +87,14 @@ class Case:
                 labels[~mask] = -100
             made.append({key: value.to(device) for key, value in batch.items()})
         return made
+
+    def with_block_mask(self, batch):
+        """The batch with a mask by which transformers sees what our block-sparse variant does, bool (B, 1, S, S)."""
+        mask = layouts.from_config(BLOCK_SPARSE, self.length, self.length, batch["input_ids"].device).token_mask()[0]
+        mask = (mask if self.is_bert else mask.tril()).expand(self.batch, 1, -1, -1)
+        if self.padded:
+            mask = mask & batch["attention_mask"].bool()[:, None, None]
+        return {**batch, "attention_mask": mask}
 
     def flop(self, batch):
         """Of forward and backward on the tokens that are not padding, and on BERT's vocabulary where there is a label:
