@@ -105,6 +105,7 @@ def _flex(case, device):
     order = (~blocks).int().argsort(dim=-1, stable=True).int()  # the listed blocks of a row first
     none = torch.zeros_like(counts)
     mask = BlockMask.from_kv_blocks(none, order, counts, order, BLOCK_SIZE=128)
+    torch._functorch.config.donated_buffer = False  # or its backward could not be timed from a retained graph
     compiled = torch.compile(flex_attention)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
