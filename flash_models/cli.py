@@ -99,7 +99,7 @@ def _card_arguments(add):
 
 
 def card(args):
-    from .checkpoints import write_card
+    from .cards import write_card
 
     print(write_card(args.folder, args.results, args.license, args.dataset))
 

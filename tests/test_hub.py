@@ -16,7 +16,7 @@ from hub_server import HubServer, Repo
 from tiny_models import SIZES, SPARSE, token_ids
 
 from flash_models import FlashBertConfig, FlashBertForSequenceClassification
-from flash_models.checkpoints import write_card
+from flash_models.cards import write_card
 
 TOKEN = "hf_dummytokenforthetestsofthisproject"
 LOAD = """

@@ -63,15 +63,26 @@ void allow_shared(const char* name) {
   here = true;
 }
 
-// One-dimensional launch with `kShared` bytes of dynamic shared memory.
-template <auto kKernel, int kShared, typename... Arguments>
+// One-dimensional launch with `kShared` bytes of dynamic shared memory. kEarly: on Hopper it may begin while the kernel
+// before it in the stream ends ("Programmatic Dependent Launch"), for what that one wrote it waits itself, with
+// ptx::await_previous_kernel.
+template <auto kKernel, int kShared, bool kEarly = false, typename... Arguments>
 void launch(const char* name, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
   if (blocks == 0) return;
   if (blocks > 0x7FFFFFFF)
     throw std::runtime_error(std::string("flash_models: ") + name + " needs more than 2^31 - 1 thread blocks");
   if constexpr (kShared > 48 * 1024) allow_shared<kKernel, kShared>(name);
-  kKernel<<<static_cast<unsigned>(blocks), threads, kShared, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  check_cuda(cudaGetLastError(), name);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = threads;
+  config.dynamicSmemBytes = kShared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = kEarly && compute_capability() >= 90;
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, arguments...), name);
 }
 
 }  // namespace flash_models

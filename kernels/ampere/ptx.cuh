@@ -16,6 +16,22 @@ __device__ __forceinline__ uint32_t dynamic_shared() {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// "Parallel Synchronization: griddepcontrol". For a kernel that was launched early, by all of its CTAs: returns once
+// the kernel before it has ended and what it wrote can be read. A CTA that left without it would let the kernel after
+// this one begin while the one before is at work.
+__device__ __forceinline__ void await_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The same, for the kernel before: the next one may begin where there is room, once all CTAs have said so.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // "Data Movement: cp.async". Copies 16 bytes global -> shared, or writes 16 zero bytes when !valid (src-size 0).
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;

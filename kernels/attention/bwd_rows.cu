@@ -29,6 +29,7 @@ template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads)
     attention_bwd_rows(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g) {
   constexpr int kLanes = lanes_of_row(kDim), kRows = kThreads / kLanes;
+  ptx::let_next_kernel_begin();
   static_assert(kRowTile % kRows == 0);
   const int64_t item = blockIdx.x * int64_t{kRows} + threadIdx.x / kLanes;
   const int tiles = static_cast<int>(row_tiles(p)), number = static_cast<int>(blockIdx.x / (kRowTile / kRows));

@@ -344,7 +344,9 @@ template <typename T, typename Config, bool kDropout>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attention_bwd_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g,
                        const __grid_constant__ BackwardMaps maps, const __grid_constant__ Schedule schedule) {
+  ptx::let_next_kernel_begin();
   if (threadIdx.x == 0) BackwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers();
+  ptx::await_previous_kernel();
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::lower_registers<Config::kProducerRegisters>();
@@ -366,12 +368,12 @@ void launch_backward(const AttentionProblem& p, const AttentionGradients& g) {
   if (count > 0x3FFFFFFF)
     throw std::runtime_error("flash_models: attention_bwd_sm90 takes fewer than 2^30 key tiles; split the batch");
   const int64_t ctas = std::min<int64_t>(count, Config::kCtasPerSm * multiprocessors());
-  launch<attention_bwd_sm90<T, Config, kDropout>, Shared::kBytes>(
+  launch<attention_bwd_sm90<T, Config, kDropout>, Shared::kBytes, true>(
       "attention_bwd_sm90", ctas, Config::kThreads, p.stream, p, g, maps, Schedule{key_tiles, static_cast<int>(count)});
   attention_bwd_combine_sm90(p, g);
   if (g.dq_sum == nullptr) return;
   const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kStoredRows));
-  launch<attention_bwd_store_dq_sm90<T, Config::kDim, Config::kDqDim>, 0>(
+  launch<attention_bwd_store_dq_sm90<T, Config::kDim, Config::kDqDim>, 0, true>(
       "attention_bwd_store_dq_sm90", query_tiles * p.heads * p.batch, 128, p.stream, p, g, query_tiles);
 }
 

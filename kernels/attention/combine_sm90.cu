@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kThreads)
     attention_fwd_combine_sm90(const __grid_constant__ AttentionProblem p, int64_t lines) {
   constexpr int kOfWarp = partial_out_floats(kDim);
   const Combination c(p, p.rows, p.row_items, lines);
+  ptx::await_previous_kernel();
   if (c.pieces == 0) return;
   const Place& place = c.work.place;
   const Sequence s = sequence_of(p, place.batch);
@@ -85,6 +86,8 @@ __global__ void __launch_bounds__(kThreads)
                                int64_t lines) {
   constexpr int kOfWarp = partial_dkv_floats(kDim);
   const Combination c(p, p.columns, p.column_items, lines);
+  ptx::let_next_kernel_begin();
+  ptx::await_previous_kernel();
   if (c.pieces == 0) return;
   const Place& place = c.work.place;
   const Sequence s = sequence_of(p, place.batch);
@@ -113,16 +116,17 @@ int64_t ctas(const AttentionProblem& p, const BlockLists& lists, const WorkItems
 void attention_fwd_combine_sm90(const AttentionProblem& p) {
   if (p.row_items.max_slots == 0) return;
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    launch<attention_fwd_combine_sm90<T, kDim>, 0>("attention_fwd_combine_sm90", ctas(p, p.rows, p.row_items), kThreads,
-                                                   p.stream, p, ceil_div(p.seqlen_q, p.block_size));
+    launch<attention_fwd_combine_sm90<T, kDim>, 0, true>("attention_fwd_combine_sm90", ctas(p, p.rows, p.row_items),
+                                                         kThreads, p.stream, p, ceil_div(p.seqlen_q, p.block_size));
   });
 }
 
 void attention_bwd_combine_sm90(const AttentionProblem& p, const AttentionGradients& g) {
   if (p.column_items.max_slots == 0) return;
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    launch<attention_bwd_combine_sm90<T, kDim>, 0>("attention_bwd_combine_sm90", ctas(p, p.columns, p.column_items),
-                                                   kThreads, p.stream, p, g, ceil_div(p.seqlen_k, p.block_size));
+    launch<attention_bwd_combine_sm90<T, kDim>, 0, true>("attention_bwd_combine_sm90",
+                                                         ctas(p, p.columns, p.column_items), kThreads, p.stream, p, g,
+                                                         ceil_div(p.seqlen_k, p.block_size));
   });
 }
 

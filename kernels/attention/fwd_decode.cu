@@ -80,6 +80,7 @@ template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     attention_fwd_decode(const __grid_constant__ AttentionProblem p, int splits) {
   constexpr int kLanes = lanes_of_row(kDim), kGroups = kThreads / kLanes;
+  ptx::let_next_kernel_begin();
   const int number = blockIdx.x / splits, split = blockIdx.x % splits, warp = threadIdx.x / 32;
   const int group = threadIdx.x / kLanes, dim = 8 * (threadIdx.x % kLanes);
   const Item item(p, number);
@@ -172,6 +173,7 @@ __global__ void __launch_bounds__(32 * kCombiningWarps)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const float* partial = p.partial + int64_t{blockIdx.x} * splits * kRow;
   float top = -INFINITY, sum = 0.0f, out[kPerLane] = {};
+  ptx::await_previous_kernel();
   for (int split = lane; split < splits; split += 32) top = fmaxf(top, partial[split * kRow + kDim + 1]);
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
@@ -229,8 +231,8 @@ void attention_fwd_decode(const AttentionProblem& p) {
       launch<attention_fwd_decode<T, kDim>, kPartialBytes>("attention_fwd_decode", items_of(p) * splits, kThreads,
                                                            p.stream, p, splits);
       if (splits > 1)
-        launch<attention_fwd_decode_combine<T, kDim>, kRowBytes>("attention_fwd_decode_combine", items_of(p),
-                                                                 32 * kCombiningWarps, p.stream, p, splits);
+        launch<attention_fwd_decode_combine<T, kDim>, kRowBytes, true>("attention_fwd_decode_combine", items_of(p),
+                                                                       32 * kCombiningWarps, p.stream, p, splits);
     }
   });
 }

@@ -308,6 +308,7 @@ template <typename T, typename Config, bool kDropout>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attention_fwd_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardMaps maps,
                        const __grid_constant__ Schedule schedule) {
+  ptx::let_next_kernel_begin();
   if (threadIdx.x == 0) ForwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers();
   __syncthreads();
   if (threadIdx.x < 128) {

@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(128)
   const Place place(p, blockIdx.x, query_tiles, false);
   const Sequence s = sequence_of(p, place.batch);
   const int q0 = place.tile * kStoredRows, row0 = q0 + 16 * warp;
+  ptx::await_previous_kernel();
   if (q0 >= s.q_len) return;
   const float factor[1][2] = {{p.scale, p.scale}};
   T* out = static_cast<T*>(g.dq.data) + query_offset(g.dq, s, place.batch, place.head) + row0 * g.dq.seq;

@@ -10,7 +10,7 @@ namespace flash_models {
 inline int compute_capability() { return FM_EMULATED_CAPABILITY; }
 inline int multiprocessors() { return 2; }  // few, so that CTAs take several tiles
 
-template <auto kKernel, int kShared, typename... Arguments>
+template <auto kKernel, int kShared, bool kEarly = false, typename... Arguments>
 void launch(const char*, int64_t blocks, int threads, void*, const Arguments&... arguments) {
   if (threads > emulation::kMaxThreads || kShared > static_cast<int>(sizeof(emulation::shared_memory)))
     throw std::runtime_error("the emulation is too small for this launch");

@@ -10,6 +10,9 @@ namespace flash_models::ptx {
 
 inline uint32_t dynamic_shared() { return 0; }
 
+inline void await_previous_kernel() {}
+inline void let_next_kernel_begin() {}
+
 // A copy arrives when its thread waits for it; until then its target holds NaN.
 struct Copy {
   uint32_t shared;
