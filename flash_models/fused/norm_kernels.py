@@ -120,8 +120,8 @@ def norm_forward(x, bias, residual, weight, shift, eps, p, seed, dtype):
 
 
 def norm_backward(dtotal, dout, total, mean, rstd, weight, seed, p, x_dtype, residual_dtype, has_bias):
-    """(dx or None, dresidual, partial sums float32 (k, programs, columns)): of the bias if there is one, then, with
-    `dout`, of weight and shift. dtotal or dout may be None."""
+    """(dx or None, dresidual, gradients of bias, weight and shift): the last three float32 (columns,), None without a
+    bias and without `dout`. dtotal or dout may be None; dresidual is dtotal itself where that is the gradient."""
     like = dout if dout is not None else dtotal
     columns = like.shape[-1]
     rows = like.numel() // columns
@@ -131,6 +131,7 @@ def norm_backward(dtotal, dout, total, mean, rstd, weight, seed, p, x_dtype, res
     passed = dout is None and dtotal.dtype == residual_dtype
     dresidual = None if passed else like.new_empty(like.shape, dtype=residual_dtype)
     dx = None if x_dtype is None else like.new_empty(like.shape, dtype=x_dtype)
+    # a row of a program's sums each
     partial = like.new_empty(has_bias + 2 * (dout is not None), programs, columns, dtype=torch.float32)
     if rows:
         with torch.cuda.device_of(like):
@@ -139,7 +140,9 @@ def norm_backward(dtotal, dout, total, mean, rstd, weight, seed, p, x_dtype, res
                 dx is not None, has_bias, seed is not None, dout is not None, dtotal is not None,
                 dresidual is not None, block, **options,
             )  # fmt: skip
-    return dx, dtotal if passed else dresidual, partial
+    sums = list(partial.sum(1).unbind()) if len(partial) else []
+    dbias = sums.pop(0) if has_bias else None
+    return dx, dtotal if passed else dresidual, dbias, *(sums or (None, None))
 
 
 def _programs(device, num_warps):
