@@ -67,8 +67,8 @@ class _DropoutAddNorm(torch.autograd.Function):
 
         x, residual = None if x is None else x.contiguous(), residual.contiguous()
         seed = dropout_seed(p, residual) if x is not None else None
-        total, out, mean, rstd = norm_forward(x, bias, residual, weight, shift, eps, p, seed, dtype)
-        ctx.save_for_backward(total if weight is not None else None, mean, rstd, weight, seed)
+        total, out, statistics = norm_forward(x, bias, residual, weight, shift, eps, p, seed, dtype)
+        ctx.save_for_backward(total if weight is not None else None, statistics, weight, seed)
         ctx.p, ctx.has_bias = p, bias is not None
         ctx.dtypes = None if x is None else x.dtype, residual.dtype
         ctx.set_materialize_grads(False)  # BERT does not use the sum: no zeros for its gradient
@@ -81,9 +81,9 @@ class _DropoutAddNorm(torch.autograd.Function):
 
         if dtotal is None and dout is None:
             return (None,) * 8
-        total, mean, rstd, weight, seed = ctx.saved_tensors
+        total, statistics, weight, seed = ctx.saved_tensors
         dtotal, dout = (None if t is None else t.contiguous() for t in (dtotal, dout))
         dx, dresidual, dbias, dweight, dshift = norm_backward(
-            dtotal, dout, total, mean, rstd, weight, seed, ctx.p, *ctx.dtypes, ctx.has_bias
+            dtotal, dout, total, statistics, weight, seed, ctx.p, *ctx.dtypes, ctx.has_bias
         )
         return dx, dbias, dresidual, dweight, dshift, None, None, None

@@ -66,9 +66,9 @@ class _Sublayer(torch.autograd.Function):
             hidden = gelu_forward(before, bias_1, tanh)
         out = hidden @ (second if transposed else second.t())
         seed = dropout_seed(p, x)
-        total, normal, mean, rstd = norm_forward(out, bias_2, residual, scale, shift, eps, p, seed, dtypes[1])
+        total, normal, statistics = norm_forward(out, bias_2, residual, scale, shift, eps, p, seed, dtypes[1])
         kept = None if scale is None else total
-        ctx.save_for_backward(flat, first, bias_1, before, hidden, second, kept, mean, rstd, scale, seed)
+        ctx.save_for_backward(flat, first, bias_1, before, hidden, second, kept, statistics, scale, seed)
         ctx.p, ctx.tanh, ctx.transposed, ctx.shape, ctx.has_bias = p, tanh, transposed, x.shape, bias_2 is not None
         ctx.weight_dtypes = None if weight_1 is None else weight_1.dtype, weight_2.dtype
         ctx.product_dtype, ctx.residual_dtype, ctx.shared = dtypes[0], residual.dtype, own is None
@@ -83,12 +83,12 @@ class _Sublayer(torch.autograd.Function):
 
         if dtotal is None and dnormal is None:
             return (None,) * 14
-        flat, first, bias_1, before, hidden, second, total, mean, rstd, scale, seed = ctx.saved_tensors
+        flat, first, bias_1, before, hidden, second, total, statistics, scale, seed = ctx.saved_tensors
         dtotal, dnormal = (None if t is None else t.contiguous() for t in (dtotal, dnormal))
         needs_x, needs_1, _, needs_2, _, needs_own, *_ = ctx.needs_input_grad
         transposed = ctx.transposed
         gradient, dresidual, dbias_2, dscale, dshift = norm_backward(
-            dtotal, dnormal, total, mean, rstd, scale, seed, ctx.p, ctx.product_dtype, ctx.residual_dtype, ctx.has_bias
+            dtotal, dnormal, total, statistics, scale, seed, ctx.p, ctx.product_dtype, ctx.residual_dtype, ctx.has_bias
         )
         gradient = gradient.view(-1, gradient.shape[-1])
         dweight_1 = dweight_2 = dbias_1 = dx = None

@@ -59,6 +59,23 @@ class BertIntermediate(stock.BertIntermediate):
 
 
 class BertLayer(stock.BertLayer):
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        if self.chunk_size_feed_forward or encoder_hidden_states is not None:
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
+            )
+        # not by way of apply_chunking_to_forward, which inspects a signature every time
+        attended, _ = self.attention(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+        return self.feed_forward_chunk(attended)
+
     def feed_forward_chunk(self, attention_output):
         first, last = self.intermediate, self.output
         if not is_plain(first, BertIntermediate) or not is_plain(last, BertOutput):
