@@ -183,6 +183,28 @@ def test_sublayers(target, shared, hidden, transposed, normed):
     check(ours, reference, target, (2, 9, 64), *([] if shared else [(2, 9, 64)]), *first, *second, (64,), (64,))
 
 
+def test_each_gradient_alone(target):
+    """With everything else frozen it is what it is among the others."""
+    device, dtype = target
+
+    def attention_input(x, *parameters):
+        return torch.cat(project_qkv(x, parameters[:3], parameters[3:], 8))
+
+    def layer(x, w1, b1, w2, b2, scale, shift):
+        return feed_forward(x, w1, b1, "none", w2, b2, x, _norm(scale, shift), 0.0)[1]
+
+    for function, shapes in (
+        (attention_input, [(2, 5, 32), *[(32, 32)] * 3, *[(32,)] * 3]),
+        (layer, [(2, 5, 32), (48, 32), (48,), (32, 48), (32,), (32,), (32,)]),
+    ):
+        inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+        together = torch.autograd.grad(function(*inputs).square().sum(), inputs)
+        for number, expected in enumerate(together):
+            alone = [t if number == index else t.detach() for index, t in enumerate(inputs)]
+            (found,) = torch.autograd.grad(function(*alone).square().sum(), alone[number])
+            torch.testing.assert_close(found, expected)
+
+
 def test_a_captured_graph_projects_every_token(target, monkeypatch):
     """It cannot know how many have a label: the others, marked by -1, give no loss and no gradient."""
     device, _ = target
