@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from flash_models.fused import (
     bias_gelu,
     cross_entropy,
-    dropout_add,
     dropout_add_norm,
+    feed_forward,
     gelu,
     layer_norm,
     linear_cross_entropy,
+    linear_dropout_add_norm,
     norm,
     norm_and_residual,
     project_qkv,
@@ -54,7 +55,7 @@ def check(function, reference, target, *shapes, dtypes=()):
         outs = list(out) if isinstance(out, tuple) else [out]
         torch.manual_seed(1)
         gradients = [torch.randn(o.shape, device=device).to(o.dtype) for o in outs]
-        found.append([*outs, *torch.autograd.grad(outs, mine, gradients)])
+        found.append([*outs, *torch.autograd.grad(outs, mine, gradients, materialize_grads=True)])
     for number, (actual, plain, truth) in enumerate(zip(*found, strict=True)):
         assert_as_accurate_as(actual, plain, truth, name=f"result {number}", noise=2e-5)
 
@@ -87,7 +88,9 @@ def test_norms(target, shape):
           shape, column, shape, column, column)  # fmt: skip
     check(lambda x, b, r, w, s: dropout_add_norm(x, b, r, _norm(w, s), 0.0)[1], lambda *a: both(*a)[1], target,
           shape, column, shape, column, column)  # fmt: skip
-    check(lambda x, b, r: dropout_add(x, b, r, 0.0), lambda x, b, r: x + b + r, target, shape, column, shape)
+    check(
+        lambda x, b, r: dropout_add_norm(x, b, r, None, 0.0)[0], lambda x, b, r: x + b + r, target, shape, column, shape
+    )
     check(lambda x, w, s: norm_and_residual(x, _norm(w, s)), lambda x, w, s: (F.layer_norm(x, column, w, s), 1 * x),
           target, shape, column, column)  # fmt: skip
     check(lambda x, w, s: layer_norm(x, _norm(w, s)), lambda x, w, s: F.layer_norm(x, column, w, s), target,
@@ -111,7 +114,7 @@ def test_dropout_drops_the_same_in_the_backward(target):
     x = torch.ones(200, 96, device=device, dtype=dtype, requires_grad=True)
     residual = torch.zeros_like(x)
     torch.manual_seed(5)
-    out = dropout_add(x, None, residual, 0.3)
+    out = dropout_add_norm(x, None, residual, None, 0.3)[0]
     kept = out != 0
     assert 0.67 < kept.float().mean() < 0.73 and out.max().item() == pytest.approx(1 / 0.7, rel=0.01)
     rows = kept.float().mean(1)
@@ -120,8 +123,8 @@ def test_dropout_drops_the_same_in_the_backward(target):
     (gradient,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(gradient != 0, kept)
     torch.manual_seed(5)
-    assert torch.equal(dropout_add(x, None, residual, 0.3), out)
-    assert not torch.equal(dropout_add(x, None, residual, 0.3), out)
+    assert torch.equal(dropout_add_norm(x, None, residual, None, 0.3)[0], out)
+    assert not torch.equal(dropout_add_norm(x, None, residual, None, 0.3)[0], out)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -130,15 +133,76 @@ def test_project_qkv(device, transposed):
 
     def reference(x, *parameters):
         if transposed:
-            return (x @ parameters[0] + parameters[1]).chunk(3, -1)
-        return tuple(F.linear(x, *pair) for pair in zip(parameters[:3], parameters[3:], strict=True))
+            found = (x @ parameters[0] + parameters[1]).chunk(3, -1)
+        else:
+            found = [F.linear(x, *pair) for pair in zip(parameters[:3], parameters[3:], strict=True)]
+        return tuple(part.view(2, 9, 4, 8).transpose(1, 2) for part in found)
 
     def ours(x, *parameters):
         half = len(parameters) // 2
-        return project_qkv(x, parameters[:half], parameters[half:], transposed)
+        return project_qkv(x, parameters[:half], parameters[half:], 8, transposed)
 
     shapes = [(24, 96), (96,)] if transposed else [(32, 24)] * 3 + [(32,)] * 3
     check(ours, reference, target, (2, 9, 24), *shapes)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("hidden", [None, 160])
+@pytest.mark.parametrize("shared", [False, True])
+def test_sublayers(target, shared, hidden, transposed, normed):
+    """x (2, 9, 64); its sum and the norm, or with `shared` only what the next layer of BERT reads."""
+
+    def multiply(x, w):
+        return x @ w if transposed else F.linear(x, w)
+
+    def halves(x, *rest):
+        residual = x if shared else rest[0]
+        rest = rest if shared else rest[1:]
+        return residual, rest[:-4], *rest[-4:]
+
+    def select(total, normal):
+        return normal if shared and normed else (total, normal) if normed else total
+
+    def reference(x, *rest):
+        residual, first, w, b, scale, shift = halves(x, *rest)
+        h = F.gelu(multiply(x, first[0]) + first[1], approximate="tanh") if first else x
+        total = multiply(h, w) + b + residual
+        return select(total, F.layer_norm(total, (64,), scale, shift))
+
+    def ours(x, *rest):
+        residual, first, w, b, scale, shift = halves(x, *rest)
+        norm = _norm(scale, shift) if normed else None
+        if first:
+            return select(*feed_forward(x, *first, "tanh", w, b, residual, norm, 0.0, transposed))
+        return select(*linear_dropout_add_norm(x, w, b, residual, norm, 0.0, transposed))
+
+    inner = hidden or 64
+    first = [(64, inner) if transposed else (inner, 64), (inner,)] if hidden else []
+    second = [(inner, 64) if transposed else (64, inner), (64,)]
+    check(ours, reference, target, (2, 9, 64), *([] if shared else [(2, 9, 64)]), *first, *second, (64,), (64,))
+
+
+def test_each_gradient_alone(target):
+    """With everything else frozen it is what it is among the others."""
+    device, dtype = target
+
+    def attention_input(x, *parameters):
+        return torch.cat(project_qkv(x, parameters[:3], parameters[3:], 8))
+
+    def layer(x, w1, b1, w2, b2, scale, shift):
+        return feed_forward(x, w1, b1, "none", w2, b2, x, _norm(scale, shift), 0.0)[1]
+
+    for function, shapes in (
+        (attention_input, [(2, 5, 32), *[(32, 32)] * 3, *[(32,)] * 3]),
+        (layer, [(2, 5, 32), (48, 32), (48,), (32, 48), (32,), (32,), (32,)]),
+    ):
+        inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+        together = torch.autograd.grad(function(*inputs).square().sum(), inputs)
+        for number, expected in enumerate(together):
+            alone = [t if number == index else t.detach() for index, t in enumerate(inputs)]
+            (found,) = torch.autograd.grad(function(*alone).square().sum(), alone[number])
+            torch.testing.assert_close(found, expected)
 
 
 def test_a_captured_graph_projects_every_token(target, monkeypatch):

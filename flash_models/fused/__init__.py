@@ -9,15 +9,17 @@ of a compiled function's guards, `retain_graph` works, and no new length or mode
 
 from .cross_entropy import linear_cross_entropy
 from .gelu import bias_gelu
-from .norm import dropout_add, dropout_add_norm, layer_norm, norm_and_residual
+from .norm import dropout_add_norm, layer_norm, norm_and_residual
 from .projection import project_qkv
+from .sublayer import feed_forward, linear_dropout_add_norm
 
 __all__ = [
     "bias_gelu",
-    "dropout_add",
     "dropout_add_norm",
+    "feed_forward",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_dropout_add_norm",
     "norm_and_residual",
     "project_qkv",
 ]

@@ -34,8 +34,9 @@ def compute_dtype(tensor):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
-def column_sums(partial, count, dtypes):
-    """Triton programs keep one row of partial sums each, float32 (k, programs, columns): the first `count` of their
-    totals, in `dtypes`."""
-    totals = partial[:count].sum(1)
-    return [total.to(dtype) for total, dtype in zip(totals, dtypes, strict=True)]
+def product(a, b, dtype):
+    """a @ b of two matrices, in `dtype`; a float32 one, of lower precision on CUDA, without a pass that casts."""
+    direct = a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16)
+    if direct and not torch.compiler.is_compiling():
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)

@@ -73,11 +73,12 @@ def gelu_forward(x, bias, tanh):
 
 
 def gelu_backward(dout, x, bias, tanh):
-    """dx, and partial sums of the gradient of the bias, float32 (1, programs, columns)."""
+    """dx, and the gradient of the bias in float32, None without one."""
     rows, columns, grid = _geometry(x)
     dx = torch.empty_like(x)
-    partial = x.new_empty((1, grid[0], columns) if bias is not None else 0, dtype=torch.float32)
+    # a row of a program's sums each
+    partial = None if bias is None else x.new_empty(grid[0], columns, dtype=torch.float32)
     if rows:
         with torch.cuda.device_of(x):
             _backward_kernel[grid](dout, x, bias, dx, partial, rows, columns, bias is not None, tanh, ROWS, COLUMNS)
-    return dx, partial
+    return dx, None if bias is None else partial.sum(0)

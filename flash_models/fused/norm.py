@@ -8,7 +8,7 @@ it, which under autocast is the lower one: transformers writes float32 there and
 import torch
 from torch.nn import functional as F
 
-from .dispatch import column_sums, compute_dtype, use_triton
+from .dispatch import compute_dtype, use_triton
 
 MAX_COLUMNS = 8192  # a row is held in the registers of one program
 
@@ -25,13 +25,9 @@ def norm_and_residual(x, norm):
     return normal, total
 
 
-def dropout_add(x, bias, residual, p):
-    """residual + dropout(x + bias) in the dtype of residual and x together; x, residual (..., N), bias (N,) or None."""
-    return _run(x, bias, residual, None, p)[0]
-
-
 def dropout_add_norm(x, bias, residual, norm, p):
-    """(the sum of `dropout_add`, the nn.LayerNorm `norm` of it)."""
+    """(residual + dropout(x + bias) in the dtype of residual and x together, the nn.LayerNorm `norm` of it or None
+    without one); x, residual (..., N), bias (N,) or None."""
     return _run(x, bias, residual, norm, p)
 
 
@@ -46,13 +42,22 @@ def _plain(x, bias, residual, norm, p):
     return total, normal.to(compute_dtype(total))
 
 
-def _run(x, bias, residual, norm, p):
-    wide = residual.shape[-1] > MAX_COLUMNS
+def kernels_take(residual, norm):
+    """Whether the Triton kernels do."""
     affine = norm is None or norm.weight is not None and norm.bias is not None
-    if wide or not affine or not use_triton(residual):
+    return affine and residual.shape[-1] <= MAX_COLUMNS and use_triton(residual)
+
+
+def _run(x, bias, residual, norm, p):
+    if not kernels_take(residual, norm):
         return _plain(x, bias, residual, norm, p)
     weight, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     return _DropoutAddNorm.apply(x, bias, residual, weight, shift, eps, p, compute_dtype(residual))
+
+
+def dropout_seed(p, like):
+    """On the device, so that CUDA graphs and activation checkpointing draw what they should; None for p = 0."""
+    return torch.randint(2**62, (1,), device=like.device) if p > 0 else None
 
 
 class _DropoutAddNorm(torch.autograd.Function):
@@ -61,12 +66,11 @@ class _DropoutAddNorm(torch.autograd.Function):
         from .norm_kernels import norm_forward
 
         x, residual = None if x is None else x.contiguous(), residual.contiguous()
-        # a tensor on the device, so that CUDA graphs and activation checkpointing draw what they should
-        seed = torch.randint(2**62, (1,), device=residual.device) if p > 0 and x is not None else None
-        total, out, mean, rstd = norm_forward(x, bias, residual, weight, shift, eps, p, seed, dtype)
-        ctx.save_for_backward(total if weight is not None else None, mean, rstd, weight, seed)
-        ctx.p = p
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, bias, residual, weight, shift)]
+        seed = dropout_seed(p, residual) if x is not None else None
+        total, out, statistics = norm_forward(x, bias, residual, weight, shift, eps, p, seed, dtype)
+        ctx.save_for_backward(total if weight is not None else None, statistics, weight, seed)
+        ctx.p, ctx.has_bias = p, bias is not None
+        ctx.dtypes = None if x is None else x.dtype, residual.dtype
         ctx.set_materialize_grads(False)  # BERT does not use the sum: no zeros for its gradient
         return total, out
 
@@ -75,17 +79,11 @@ class _DropoutAddNorm(torch.autograd.Function):
     def backward(ctx, dtotal, dout):
         from .norm_kernels import norm_backward
 
-        total, mean, rstd, weight, seed = ctx.saved_tensors
-        x_dtype, bias_dtype, residual_dtype, weight_dtype, shift_dtype = ctx.dtypes
         if dtotal is None and dout is None:
             return (None,) * 8
+        total, statistics, weight, seed = ctx.saved_tensors
         dtotal, dout = (None if t is None else t.contiguous() for t in (dtotal, dout))
-        dx, dresidual, partial = norm_backward(
-            dtotal, dout, total, mean, rstd, weight, seed, ctx.p, x_dtype, residual_dtype, bias_dtype is not None
+        dx, dresidual, dbias, dweight, dshift = norm_backward(
+            dtotal, dout, total, statistics, weight, seed, ctx.p, *ctx.dtypes, ctx.has_bias
         )
-        names = [bias_dtype] if bias_dtype is not None else []
-        names += [weight_dtype, shift_dtype] if dout is not None else []
-        sums = column_sums(partial, len(names), names) if names else []
-        dbias = sums.pop(0) if bias_dtype is not None else None
-        dweight, dshift = sums or (None, None)
         return dx, dbias, dresidual, dweight, dshift, None, None, None

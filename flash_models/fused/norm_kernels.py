@@ -4,6 +4,8 @@
 The dropout mask is not stored: the backward draws it again, Philox (Salmon et al., 2011) by seed and place.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ def _kept(seed, row, p, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(x, bias, residual, weight, shift, total, out, mean, rstd, seed, columns, eps, p,
+def _forward_kernel(x, bias, residual, weight, shift, total, out, statistics, seed, columns, eps, p,
                     HAS_X: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr, NORM: tl.constexpr,
                     BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
@@ -39,15 +41,15 @@ def _forward_kernel(x, bias, residual, weight, shift, total, out, mean, rstd, se
         average = tl.sum(value, 0) / columns
         centred = tl.where(inside, value - average, 0.0)
         inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / columns + eps)
-        tl.store(mean + row, average)
-        tl.store(rstd + row, inverse)
+        tl.store(statistics + row, average)
+        tl.store(statistics + tl.num_programs(0) + row, inverse)
         scaled = centred * inverse * tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
         scaled += tl.load(shift + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + at, scaled.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward_kernel(dtotal, dout, total, mean, rstd, weight, seed, dx, dresidual, partial, rows, columns, p,
+def _backward_kernel(dtotal, dout, total, statistics, weight, seed, dx, dresidual, partial, rows, columns, p,
                      HAS_X: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr, NORM: tl.constexpr,
                      HAS_DTOTAL: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -63,9 +65,9 @@ def _backward_kernel(dtotal, dout, total, mean, rstd, weight, seed, dx, dresidua
         at = tl.cast(row, tl.int64) * columns + place
         gradient = tl.zeros((BLOCK,), tl.float32)
         if NORM:
-            inverse = tl.load(rstd + row)
+            inverse = tl.load(statistics + rows + row)
             value = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
-            normal = tl.where(inside, (value - tl.load(mean + row)) * inverse, 0.0)
+            normal = tl.where(inside, (value - tl.load(statistics + row)) * inverse, 0.0)
             above = tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
             dweight += above * normal
             dshift += above
@@ -90,6 +92,7 @@ def _backward_kernel(dtotal, dout, total, mean, rstd, weight, seed, dx, dresidua
         tl.store(sums + programs * columns, dshift, mask=inside)
 
 
+@functools.cache
 def _launch(columns):
     """(length of the block, options): 8 values of a row a thread, 16 bytes in bfloat16."""
     block = max(triton.next_power_of_2(columns), 32)
@@ -97,7 +100,8 @@ def _launch(columns):
 
 
 def norm_forward(x, bias, residual, weight, shift, eps, p, seed, dtype):
-    """(sum, normalised in `dtype`, mean, 1 / standard deviation); the last three None without weight."""
+    """(sum, normalised in `dtype`, float32 (2, rows) of means and 1 / standard deviations); the last two None without
+    weight."""
     columns = residual.shape[-1]
     rows = residual.numel() // columns
     total = (
@@ -105,23 +109,23 @@ def norm_forward(x, bias, residual, weight, shift, eps, p, seed, dtype):
         if x is None
         else residual.new_empty(residual.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     )
-    out = mean = rstd = None
+    out = statistics = None
     if weight is not None:
         out = residual.new_empty(residual.shape, dtype=dtype)
-        mean, rstd = residual.new_empty(2, rows, dtype=torch.float32)
+        statistics = residual.new_empty(2, rows, dtype=torch.float32)
     block, options = _launch(columns)
     if rows:
         with torch.cuda.device_of(residual):
             _forward_kernel[(rows,)](
-                x, bias, residual, weight, shift, total, out, mean, rstd, seed, columns, eps, p,
+                x, bias, residual, weight, shift, total, out, statistics, seed, columns, eps, p,
                 x is not None, bias is not None, seed is not None, weight is not None, block, **options,
             )  # fmt: skip
-    return total, out, mean, rstd
+    return total, out, statistics
 
 
-def norm_backward(dtotal, dout, total, mean, rstd, weight, seed, p, x_dtype, residual_dtype, has_bias):
-    """(dx or None, dresidual, partial sums float32 (k, programs, columns)): of the bias if there is one, then, with
-    `dout`, of weight and shift. dtotal or dout may be None."""
+def norm_backward(dtotal, dout, total, statistics, weight, seed, p, x_dtype, residual_dtype, has_bias):
+    """(dx or None, dresidual, gradients of bias, weight and shift): the last three float32 (columns,), None without a
+    bias and without `dout`. dtotal or dout may be None; dresidual is dtotal itself where that is the gradient."""
     like = dout if dout is not None else dtotal
     columns = like.shape[-1]
     rows = like.numel() // columns
@@ -131,17 +135,21 @@ def norm_backward(dtotal, dout, total, mean, rstd, weight, seed, p, x_dtype, res
     passed = dout is None and dtotal.dtype == residual_dtype
     dresidual = None if passed else like.new_empty(like.shape, dtype=residual_dtype)
     dx = None if x_dtype is None else like.new_empty(like.shape, dtype=x_dtype)
+    # a row of a program's sums each
     partial = like.new_empty(has_bias + 2 * (dout is not None), programs, columns, dtype=torch.float32)
     if rows:
         with torch.cuda.device_of(like):
             _backward_kernel[(programs,)](
-                dtotal, dout, total, mean, rstd, weight, seed, dx, dresidual, partial, rows, columns, p,
+                dtotal, dout, total, statistics, weight, seed, dx, dresidual, partial, rows, columns, p,
                 dx is not None, has_bias, seed is not None, dout is not None, dtotal is not None,
                 dresidual is not None, block, **options,
             )  # fmt: skip
-    return dx, dtotal if passed else dresidual, partial
+    sums = list(partial.sum(1).unbind()) if len(partial) else []
+    dbias = sums.pop(0) if has_bias else None
+    return dx, dtotal if passed else dresidual, dbias, *(sums or (None, None))
 
 
+@functools.cache
 def _programs(device, num_warps):
     """As many as run at once: with their registers, 20 warps on a multiprocessor."""
     if device.type != "cuda":

@@ -5,8 +5,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as stock
 
-from ..fused import dropout_add_norm, layer_norm, project_qkv
-from .fused_layers import dropout_p, is_plain, linear_gelu, product_and_bias
+from ..fused import layer_norm, project_qkv
+from .fused_layers import dropout_p, gelu_norm, is_plain, linear_gelu, linear_norm
 
 
 class BertEmbeddings(stock.BertEmbeddings):
@@ -33,9 +33,8 @@ class BertSelfAttention(stock.BertSelfAttention):
         attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
         if past_key_values is not None or not plain or attend is None:
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
-        qkv = project_qkv(hidden_states, [layer.weight for layer in layers], [layer.bias for layer in layers])
-        heads = (*hidden_states.shape[:-1], -1, self.attention_head_size)
-        q, k, v = (part.view(heads).transpose(1, 2) for part in qkv)
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        q, k, v = project_qkv(hidden_states, weights, biases, self.attention_head_size)
         dropout = dropout_p(self.dropout) if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return out.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
@@ -43,8 +42,7 @@ class BertSelfAttention(stock.BertSelfAttention):
 
 class _Output:
     def forward(self, hidden_states, input_tensor):
-        product, bias = product_and_bias(self.dense, hidden_states)
-        return dropout_add_norm(product, bias, input_tensor, self.LayerNorm, dropout_p(self.dropout))[1]
+        return linear_norm(self.dense, hidden_states, input_tensor, self.LayerNorm, dropout_p(self.dropout))[1]
 
 
 class BertSelfOutput(_Output, stock.BertSelfOutput):
@@ -58,6 +56,34 @@ class BertOutput(_Output, stock.BertOutput):
 class BertIntermediate(stock.BertIntermediate):
     def forward(self, hidden_states):
         return linear_gelu(self.dense, self.intermediate_act_fn, hidden_states, self.fuse)
+
+
+class BertLayer(stock.BertLayer):
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        if self.chunk_size_feed_forward or encoder_hidden_states is not None:
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
+            )
+        # not by way of apply_chunking_to_forward, which inspects a signature every time
+        attended, _ = self.attention(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+        return self.feed_forward_chunk(attended)
+
+    def feed_forward_chunk(self, attention_output):
+        first, last = self.intermediate, self.output
+        if not is_plain(first, BertIntermediate) or not is_plain(last, BertOutput):
+            return super().feed_forward_chunk(attention_output)
+        return gelu_norm(
+            first.dense, first.intermediate_act_fn, last.dense, attention_output, attention_output, last.LayerNorm,
+            dropout_p(last.dropout), first.fuse,
+        )[1]  # fmt: skip
 
 
 class BertPredictionHeadTransform(stock.BertPredictionHeadTransform):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from ..fused import bias_gelu, layer_norm
+from ..fused import bias_gelu, dropout_add_norm, feed_forward, layer_norm, linear_dropout_add_norm
 from .logits import Logits
 
 # what F.gelu calls them; FastGELU writes the constant of the tanh form with ten digits
@@ -48,6 +48,28 @@ def linear_gelu(linear, activation, x, fuse):
     if "gelu" not in fuse or approximate is None:
         return activation(linear(x))
     return bias_gelu(*product_and_bias(linear, x), approximate)
+
+
+def linear_norm(linear, x, residual, norm, p):
+    """(residual + dropout(linear(x)), the LayerNorm `norm` of it or None without one)."""
+    if not is_plain(linear, nn.Linear, Conv1D):
+        return dropout_add_norm(linear(x), None, residual, norm, p)
+    return linear_dropout_add_norm(x, linear.weight, linear.bias, residual, norm, p, type(linear) is Conv1D)
+
+
+def gelu_norm(first, activation, second, x, residual, norm, p, fuse):
+    """`linear_norm` of activation(first(x)) and `second`."""
+    approximate = _GELUS.get(type(activation))
+    kind = type(first)
+    if (
+        "gelu" not in fuse
+        or approximate is None
+        or not is_plain(first, nn.Linear, Conv1D)
+        or not is_plain(second, kind)
+    ):
+        return linear_norm(second, linear_gelu(first, activation, x, fuse), residual, norm, p)
+    parameters = first.weight, first.bias, approximate, second.weight, second.bias
+    return feed_forward(x, *parameters, residual, norm, p, kind is Conv1D)
 
 
 def dropout_p(dropout):

@@ -19,7 +19,7 @@ from . import compiled_loss, fused_bert, fused_gpt2, fused_layers, hooks
 FUSIONS = {
     "gelu": (bert.BertIntermediate, bert.BertPredictionHeadTransform, gpt2.GPT2MLP),
     "norm": (
-        *(bert.BertEmbeddings, bert.BertSelfOutput, bert.BertOutput, bert.BertPredictionHeadTransform),
+        *(bert.BertEmbeddings, bert.BertSelfOutput, bert.BertOutput, bert.BertLayer, bert.BertPredictionHeadTransform),
         *(gpt2.GPT2Block, gpt2.GPT2Attention, gpt2.GPT2MLP, nn.LayerNorm),
     ),
     "qkv": (bert.BertSelfAttention, gpt2.GPT2Attention),

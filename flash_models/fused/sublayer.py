@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sublayer from a matrix product to the residual's sum and the norm, as one step of autograd.
+
+Steps of autograd cost the host about as much as launches do. In one step the cast weights are not cast back: their
+gradients leave the matrix products in the weights' dtype. Where the residual is the input, as in BERT's feed-forward,
+its gradient is added within a matrix product.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from .dispatch import compute_dtype, product
+from .gelu import bias_gelu
+from .norm import dropout_add_norm, dropout_seed, kernels_take
+
+
+def linear_dropout_add_norm(x, weight, bias, residual, norm, p, transposed=False):
+    """(residual + dropout(x W + bias), the nn.LayerNorm `norm` of it or None without one).
+
+    x (..., M), residual (..., N); weight (N, M), or (M, N) with `transposed`; bias (N,) or None.
+    """
+    if not kernels_take(residual, norm):
+        return dropout_add_norm(_linear(x, weight, transposed), bias, residual, norm, p)
+    return _run(x, None, None, weight, bias, residual, norm, p, "none", transposed)
+
+
+def feed_forward(x, weight_1, bias_1, approximate, weight_2, bias_2, residual, norm, p, transposed=False):
+    """`linear_dropout_add_norm` of gelu(x W1 + bias_1), W2 and bias_2; approximate as F.gelu has it."""
+    if not kernels_take(residual, norm):
+        hidden = bias_gelu(_linear(x, weight_1, transposed), bias_1, approximate)
+        return dropout_add_norm(_linear(hidden, weight_2, transposed), bias_2, residual, norm, p)
+    return _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, approximate, transposed)
+
+
+def _linear(x, weight, transposed):
+    if not transposed:
+        return F.linear(x, weight)
+    return torch.mm(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, approximate, transposed):
+    scale, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    options = eps, p, approximate == "tanh", transposed, compute_dtype(x), compute_dtype(residual)
+    own = None if residual is x else residual
+    return _Sublayer.apply(x, weight_1, bias_1, weight_2, bias_2, own, scale, shift, *options)
+
+
+def _weight_gradient(x, gradient, transposed, dtype):
+    return product(x.t(), gradient, dtype) if transposed else product(gradient.t(), x, dtype)
+
+
+class _Sublayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight_1, bias_1, weight_2, bias_2, own, scale, shift, eps, p, tanh, transposed, *dtypes):
+        """own: the residual, None if it is x; dtypes: of the matrix products, and of the normalised result."""
+        from .gelu_kernels import gelu_forward
+        from .norm_kernels import norm_forward
+
+        residual = (x if own is None else own).contiguous()
+        first = None if weight_1 is None else weight_1.to(dtypes[0])
+        second = weight_2.to(dtypes[0])
+        flat = x.reshape(-1, x.shape[-1]).to(dtypes[0])
+        before, hidden = None, flat
+        if first is not None:
+            before = flat @ (first if transposed else first.t())
+            hidden = gelu_forward(before, bias_1, tanh)
+        out = hidden @ (second if transposed else second.t())
+        seed = dropout_seed(p, x)
+        total, normal, statistics = norm_forward(out, bias_2, residual, scale, shift, eps, p, seed, dtypes[1])
+        kept = None if scale is None else total
+        ctx.save_for_backward(flat, first, bias_1, before, hidden, second, kept, statistics, scale, seed)
+        ctx.p, ctx.tanh, ctx.transposed, ctx.shape, ctx.has_bias = p, tanh, transposed, x.shape, bias_2 is not None
+        ctx.weight_dtypes = None if weight_1 is None else weight_1.dtype, weight_2.dtype
+        ctx.product_dtype, ctx.residual_dtype, ctx.shared = dtypes[0], residual.dtype, own is None
+        ctx.set_materialize_grads(False)  # BERT does not use the sum: no zeros for its gradient
+        return total, normal
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dtotal, dnormal):
+        from .gelu_kernels import gelu_backward
+        from .norm_kernels import norm_backward
+
+        if dtotal is None and dnormal is None:
+            return (None,) * 14
+        flat, first, bias_1, before, hidden, second, total, statistics, scale, seed = ctx.saved_tensors
+        dtotal, dnormal = (None if t is None else t.contiguous() for t in (dtotal, dnormal))
+        needs_x, needs_1, _, needs_2, _, needs_own, *_ = ctx.needs_input_grad
+        transposed = ctx.transposed
+        gradient, dresidual, dbias_2, dscale, dshift = norm_backward(
+            dtotal, dnormal, total, statistics, scale, seed, ctx.p, ctx.product_dtype, ctx.residual_dtype, ctx.has_bias
+        )
+        gradient = gradient.view(-1, gradient.shape[-1])
+        dweight_1 = dweight_2 = dbias_1 = dx = None
+        if needs_2:
+            dweight_2 = _weight_gradient(hidden, gradient, transposed, ctx.weight_dtypes[1])
+        last = second
+        if first is not None:
+            dhidden = gradient @ (second.t() if transposed else second)
+            gradient, dbias_1 = gelu_backward(dhidden, before, bias_1, ctx.tanh)
+            if needs_1:
+                dweight_1 = _weight_gradient(flat, gradient, transposed, ctx.weight_dtypes[0])
+            last = first
+        if needs_x:
+            back = last.t() if transposed else last
+            if not ctx.shared:
+                dx = (gradient @ back).view(ctx.shape)
+            elif dresidual is not dtotal and dresidual.dtype == gradient.dtype:
+                dresidual.view(-1, dresidual.shape[-1]).addmm_(gradient, back)
+                dx = dresidual
+            else:
+                dx = dresidual + (gradient @ back).view(ctx.shape)
+        return (
+            dx,
+            dweight_1,
+            dbias_1,
+            dweight_2,
+            dbias_2,
+            dresidual if needs_own else None,
+            dscale,
+            dshift,
+            *(None,) * 6,
+        )
