@@ -43,9 +43,11 @@ def test_every_variant_is_timed_and_what_is_there_is_kept(tmp_path, capsys, monk
         rows = {row["variant"]: row for row in csv.DictReader(file)}
     ours = ["flash_models", "flash_models_compile", "flash_models_sparse"]
     assert list(rows) == ["sdpa", "eager", "sdpa_compile", *ours]
-    (tokens,) = {round(float(row["tokens_per_second"]) * float(row["ms_per_step"]) / 1e3) for row in rows.values()}
-    assert tokens == round(sum(Case("bert-mini", 3, 24, True).tokens(b) for b in Case(
-        "bert-mini", 3, 24, True).batches(bench_training.BATCHES, "cpu")) / bench_training.BATCHES)  # fmt: skip
+    case = Case("bert-mini", 3, 24, True)
+    tokens = sum(map(case.tokens, case.batches(bench_training.BATCHES, "cpu"))) / bench_training.BATCHES
+    for row in rows.values():  # written as an integer, however slow the machine
+        expected = tokens / float(row["ms_per_step"]) * 1e3
+        assert float(row["tokens_per_second"]) == pytest.approx(expected, rel=1e-3, abs=0.51)
     assert rows["sdpa"]["ms_per_step"] == str(first["rows"][0]["ms_per_step"])
     for name in ours:
         for peer in ("eager", "sdpa", "sdpa_compile"):
