@@ -20,8 +20,8 @@ class DataCollatorForPackedMaskedLM(DataCollatorForLanguageModeling):
     then gives every example what it gives it alone. In transformers, DataCollatorWithFlattening does this for causal
     models, and drops the label of every example's first token.
 
-    A model under torch.compile takes such batches as well: it compiles for the sizes of the first one, and once more,
-    for all sizes, when they change.
+    A model under torch.compile takes such batches as well, and is not compiled for every length: first for the sizes of
+    one batch, then for any number of tokens, of examples and longest length, from when each of the three first changes.
     """
 
     def __post_init__(self):
