@@ -3,8 +3,13 @@
 
 The same random weights and batches, transformers' default dropout, bfloat16 autocast (float32 on a CPU) and fused
 AdamW for all of them, in one process: transformers' eager and SDPA attention, SDPA under torch.compile, ours without
-and with torch.compile, and ours block-sparse, with a window of 256 tokens and 128 global ones. A step is forward, backward and the optimizer. Padded batches have lengths uniform in
-S / 4 to S; tokens per second and MFU count real tokens. MFU is of the GPU's published bfloat16 peak.
+and with torch.compile, and ours block-sparse, with a window of 256 tokens and 128 global ones. A step is forward,
+backward and the optimizer. Padded batches have lengths uniform in S / 4 to S; tokens per second and MFU count real
+tokens. MFU is of the GPU's published bfloat16 peak.
+
+On padded batches our BERT computes on real tokens only: with `unpad=True`, and compiled, where nobody can look at a
+mask, on the same batches packed into (1, T), as DataCollatorForPackedMaskedLM makes them. T differs from batch to
+batch, and one compilation takes them all.
 
 Before a case is timed, the gradients of our model, dropout off, must be as near to those in float32 as transformers'
 gradients are, within a factor of 1.5, on two sequences of at most 4,096 tokens. Times are medians of the steps after a
@@ -38,8 +43,8 @@ from tasks.script import peak_memory_mib
 from tasks.training_cases import MODELS, VARIANTS, Case, peak_flops
 from tqdm.auto import tqdm
 
-WARM_UP = 5  # steps; torch.compile is done with these
 BATCHES = 4  # different ones, taken in turn
+WARM_UP = 1 + BATCHES  # steps: torch.compile is done with the first, and every batch has been seen after it
 TOLERANCE = 1.5
 KEY = ("model", "length", "batch", "padded", "processes", "variant")
 
@@ -57,15 +62,16 @@ def gradient(case, variant, batch, context):
     return torch.cat([weight.grad.float().flatten() for weight in model.parameters()])
 
 
-def verify(case, device, sparse):
-    """The error of our gradients as a multiple of transformers', both against transformers in float32. Exits if more
-    than TOLERANCE. sparse: of block-sparse attention, against SDPA under its mask."""
+def verify(case, variant, device):
+    """The error of our gradients, not compiled, on what `variant` is given, as a multiple of transformers' error, both
+    against transformers in float32. Exits if more than TOLERANCE. Block-sparse against SDPA under its mask."""
     few = Case(case.model, min(case.batch, 2), min(case.length, 4096), case.padded)  # all of it in float32 may not fit
     (batch,) = few.batches(1, device)
-    stock = few.with_block_mask(batch) if sparse else batch
+    variant = variant if VARIANTS[variant][0] is None else "flash_models"
+    stock = few.with_block_mask(batch) if VARIANTS[variant][2] else batch
     truth = gradient(few, "sdpa", stock, contextlib.nullcontext())
     theirs = gradient(few, "sdpa", stock, autocast(device))
-    ours = gradient(few, "flash_models_sparse" if sparse else "flash_models", batch, autocast(device))
+    ours = gradient(few, variant, few.feed(variant, batch), autocast(device))
     noise = 1e-5 * truth.norm()  # on a CPU both are float32
     ratio = ((ours - truth).norm() / ((theirs - truth).norm() + noise)).item()
     if not ratio <= TOLERANCE:
@@ -120,11 +126,11 @@ def train(case, variant, accelerator, budget):
     if VARIANTS[variant][1]:
         model = torch.compile(model)
     batches = case.batches(BATCHES, device, seed=accelerator.process_index)
-    losses = []
+    fed, losses = [case.feed(variant, batch) for batch in batches], []
 
     def step(number):
         with autocast(device):
-            loss = model(**batches[number % BATCHES]).loss
+            loss = model(**fed[number % BATCHES]).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -235,9 +241,9 @@ def main(argv=None):
             left += 1
             continue
         bar.set_postfix_str(f"{case.model} {case.batch} x {case.length}{' padded' * case.padded} {variant}")
-        verified = case, VARIANTS[variant][2]
+        verified = case, VARIANTS[variant][2], case.packs(variant)
         if verified not in errors:
-            errors[verified] = verify(case, accelerator.device, verified[1])
+            errors[verified] = verify(case, variant, accelerator.device)
         fields["gradient_error_ratio"] = errors[verified]
         rows.append({**fields, **measure(case, variant, accelerator, args.seconds)})
         add_speedups(rows)

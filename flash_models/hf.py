@@ -223,8 +223,9 @@ def patch(model, block_sparse=None, unpad=False, fuse=False):
     model: any nn.Module that holds Hugging Face BERT or GPT-2 layers. Weights, outputs and the saved checkpoint stay
     what they were. block_sparse: None, or a dict as in `layouts.from_config`, which is stored in the models' configs;
     self-attention then sees only the blocks of the pattern. unpad: every BERT encoder computes on the real tokens of
-    the attention_mask only, in all its layers; what it returns for padding is 0. A compiled model, a decoder, and a
-    call that asks for the results of every layer keep the padding. `unpatch(model)` restores the model.
+    the attention_mask only, in all its layers; what it returns for padding is 0. A decoder, a call that asks for the
+    results of every layer, and a compiled model keep the padding; for the last, pack the batches instead
+    (`DataCollatorForPackedMaskedLM`). `unpatch(model)` restores the model.
 
     fuse: True, or some of {"gelu", "norm", "qkv", "cross_entropy", "cache"}, for fewer passes over memory in a training
     step: bias and GELU; bias, dropout, residual and LayerNorm; queries, keys and values; the projection to the

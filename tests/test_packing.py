@@ -19,6 +19,7 @@ from tiny_models import (
 )
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from flash_models import DataCollatorForPackedMaskedLM, hf, patch, unpatch
@@ -71,6 +72,34 @@ def test_compiled_models_keep_documents_apart(name, monkeypatch):
     torch.testing.assert_close(logits, document_logits(truth, documents), atol=1e-5, rtol=1e-5)
     monkeypatch.setenv("FLASH_MODELS_STRICT", "1")
     torch.testing.assert_close(compiled(**batch).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_compiles_for_packed_batches_of_every_length(device, name):
+    """Compiled with the first batch, and once more, for every number of tokens and documents, with the second. Losses
+    and gradients are those of the padded model."""
+    torch._dynamo.reset()
+    patched, *others = triplet(MODELS[name](num_hidden_layers=1), device)
+    counter, graphs = CompileCounterWithBackend("inductor" if device.type == "cuda" else "aot_eager"), []
+    compiled = torch.compile(patch(patched, fuse=True).train(), fullgraph=True, backend=counter)
+    for lengths in ([14, 21, 9], [20, 3], [17, 12, 5, 18], [11, 19], [8, 4, 13, 7, 16], [15, 6]):
+        mask = torch.arange(LENGTH, device=device) < torch.tensor(lengths, device=device)[:, None]
+        ids = token_ids(device, batch=len(lengths))
+        labels = ids.where(mask, -100)
+        labels[:, 0] = -100  # a causal model guesses it from what is before it, in a packed batch another document
+        positions = torch.arange(LENGTH, device=device).expand_as(mask)
+        packed = {"input_ids": ids[mask], "labels": labels[mask], "position_ids": positions[mask]}
+        packed = {key: value[None] for key, value in packed.items()}
+        packed |= hooks.packed_arguments(torch.tensor(lengths), device)
+        padded = {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
+        losses = [model(**batch).loss for model, batch in ((compiled, packed), *((other, padded) for other in others))]
+        for loss in losses:
+            loss.backward()
+        assert_same(*losses)
+        graphs.append(counter.frame_count)
+    assert graphs[1:] == graphs[1:2] * 5 and graphs[1] == 2 * graphs[0], "one for the batch, one for every batch"
+    models = patched, *others
+    assert_all_same(*({key: weight.grad for key, weight in model.named_parameters()} for model in models))
 
 
 def test_packed_with_padding_is_an_error(device):

@@ -7,6 +7,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from flash_models import layouts, patch
+from flash_models.models.hooks import packed_arguments
 
 MODELS = {  # name: (hidden size, layers, heads)
     "bert-large": (1024, 24, 16),
@@ -63,8 +64,7 @@ class Case:
             model = BertForMaskedLM(config) if self.is_bert else GPT2LMHeadModel(config)
         model.loss_type = "ForMaskedLM" if self.is_bert else "ForCausalLM"  # GPT-2's default, without a graph break
         if attention is None:
-            # a compiled model cannot look at a mask, so it keeps the padding
-            unpad = self.is_bert and self.padded and not compiled
+            unpad = self.is_bert and self.padded and not compiled  # a compiled model cannot look at a mask: see `feed`
             patch(model, BLOCK_SPARSE if sparse else None, unpad=unpad, fuse=True)
         return model.train()
 
@@ -87,6 +87,29 @@ class Case:
                 labels[~mask] = -100
             made.append({key: value.to(device) for key, value in batch.items()})
         return made
+
+    def packs(self, variant):
+        """Whether `variant` gets its batches packed: ours compiled, for padded BERT batches."""
+        attention, compiled, _ = VARIANTS[variant]
+        return attention is None and compiled and self.is_bert and self.padded
+
+    def feed(self, variant, batch):
+        """What `variant` is given for a batch of `batches`: the batch itself, or the same tokens without the padding.
+
+        Packed, input_ids, labels and position_ids are (1, T), and the int32 offsets (batch + 1,) say where sequences
+        end. T differs from batch to batch; one graph takes them all, because T is marked as dynamic and the longest
+        length is the case's, not the batch's.
+        """
+        if not self.packs(variant):
+            return batch
+        mask = batch["attention_mask"].bool()
+        positions = torch.arange(self.length, device=mask.device).expand_as(mask)
+        rows = {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": positions}
+        rows = {name: row[mask][None] for name, row in rows.items()}
+        for row in rows.values():
+            torch._dynamo.mark_dynamic(row, 1)
+        ends = packed_arguments(mask.sum(1).cpu(), mask.device)
+        return {**rows, **ends, "max_length_q": self.length, "max_length_k": self.length}
 
     def with_block_mask(self, batch):
         """The batch with a mask by which transformers sees what our block-sparse variant does, bool (B, 1, S, S)."""

@@ -19,6 +19,9 @@ class DataCollatorForPackedMaskedLM(DataCollatorForLanguageModeling):
     examples have them, and cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: a BERT on this library's kernels
     then gives every example what it gives it alone. In transformers, DataCollatorWithFlattening does this for causal
     models, and drops the label of every example's first token.
+
+    A model under torch.compile takes such batches as well, and is not compiled for every length: first for the sizes of
+    one batch, then for any number of tokens, of examples and longest length, from when each of the three first changes.
     """
 
     def __post_init__(self):
