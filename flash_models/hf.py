@@ -231,8 +231,8 @@ def patch(model, block_sparse=None, unpad=False, fuse=False):
     step: bias and GELU; bias, dropout, residual and LayerNorm; queries, keys and values; the projection to the
     vocabulary and its cross-entropy, of tokens with a label only; and no key-value cache in training. With
     "cross_entropy" the `logits` that a language model returns in training are a `flash_models.models.logits.Logits`,
-    computed when they are read; in evaluation they are a tensor as ever. Under autocast "norm" hands hidden states on
-    in the lower dtype. Adapters, quantized layers and hooks keep working: what is not a plain layer is called as such.
+    computed when they are read; in evaluation they are a tensor as ever. Adapters, quantized layers and hooks keep
+    working: what is not a plain layer is called as such.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module, got {type(model).__name__}")

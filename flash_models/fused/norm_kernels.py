@@ -99,16 +99,12 @@ def _launch(columns):
     return block, {"num_warps": min(max(block // 256, 1), 16)}
 
 
-def norm_forward(x, bias, residual, weight, shift, eps, p, seed, dtype):
-    """(sum, normalised in `dtype`, float32 (2, rows) of means and 1 / standard deviations); the last two None without
-    weight."""
+def norm_forward(x, bias, residual, weight, shift, eps, p, seed, sum_dtype, dtype):
+    """(sum in `sum_dtype`, normalised in `dtype`, float32 (2, rows) of means and 1 / standard deviations); the last two
+    None without weight."""
     columns = residual.shape[-1]
     rows = residual.numel() // columns
-    total = (
-        residual
-        if x is None
-        else residual.new_empty(residual.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    )
+    total = residual if x is None else residual.new_empty(residual.shape, dtype=sum_dtype)
     out = statistics = None
     if weight is not None:
         out = residual.new_empty(residual.shape, dtype=dtype)

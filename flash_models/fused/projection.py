@@ -38,7 +38,7 @@ class _ProjectQKV(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         qkv = torch.addmm(bias, flat, weight.t())
         ctx.save_for_backward(flat, weight)
-        ctx.transposed, ctx.shape, ctx.parameter_dtype = transposed, x.shape, parameters[0].dtype
+        ctx.transposed, ctx.shape, ctx.dtype, ctx.parameter_dtype = transposed, x.shape, x.dtype, parameters[0].dtype
         return qkv.view(*x.shape[:-1], 3, len(weight) // (3 * head_dim), head_dim).permute(2, 0, 3, 1, 4).unbind()
 
     @staticmethod
@@ -48,7 +48,7 @@ class _ProjectQKV(torch.autograd.Function):
         needs, dtype = ctx.needs_input_grad[4:], ctx.parameter_dtype
         half = len(needs) // 2
         gradient = torch.cat([g.transpose(1, 2) for g in gradients], 2).view(len(x), len(weight))
-        dx = (gradient @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        dx = product(gradient, weight, ctx.dtype).view(ctx.shape) if ctx.needs_input_grad[0] else None
         dweight = dbias = (None,) * half
         if any(needs[:half]):
             whole = product(x.t(), gradient, dtype) if ctx.transposed else product(gradient.t(), x, dtype)

@@ -11,25 +11,28 @@ from torch.nn import functional as F
 
 from .dispatch import compute_dtype, product
 from .gelu import bias_gelu
-from .norm import dropout_add_norm, dropout_seed, kernels_take
+from .norm import dropout_add_norm, dropout_seed, kernels_take, sum_and_normal_dtypes
 
 
-def linear_dropout_add_norm(x, weight, bias, residual, norm, p, transposed=False):
+def linear_dropout_add_norm(x, weight, bias, residual, norm, p, post_norm=False, transposed=False):
     """(residual + dropout(x W + bias), the nn.LayerNorm `norm` of it or None without one).
 
-    x (..., M), residual (..., N); weight (N, M), or (M, N) with `transposed`; bias (N,) or None.
+    x (..., M), residual (..., N); weight (N, M), or (M, N) with `transposed`; bias (N,) or None. With post_norm (see
+    norm.py) None and the norm.
     """
     if not kernels_take(residual, norm):
-        return dropout_add_norm(_linear(x, weight, transposed), bias, residual, norm, p)
-    return _run(x, None, None, weight, bias, residual, norm, p, "none", transposed)
+        return dropout_add_norm(_linear(x, weight, transposed), bias, residual, norm, p, post_norm)
+    return _run(x, None, None, weight, bias, residual, norm, p, post_norm, "none", transposed)
 
 
-def feed_forward(x, weight_1, bias_1, approximate, weight_2, bias_2, residual, norm, p, transposed=False):
+def feed_forward(
+    x, weight_1, bias_1, approximate, weight_2, bias_2, residual, norm, p, post_norm=False, transposed=False
+):  # fmt: skip
     """`linear_dropout_add_norm` of gelu(x W1 + bias_1), W2 and bias_2; approximate as F.gelu has it."""
     if not kernels_take(residual, norm):
         hidden = bias_gelu(_linear(x, weight_1, transposed), bias_1, approximate)
-        return dropout_add_norm(_linear(hidden, weight_2, transposed), bias_2, residual, norm, p)
-    return _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, approximate, transposed)
+        return dropout_add_norm(_linear(hidden, weight_2, transposed), bias_2, residual, norm, p, post_norm)
+    return _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, post_norm, approximate, transposed)
 
 
 def _linear(x, weight, transposed):
@@ -38,9 +41,10 @@ def _linear(x, weight, transposed):
     return torch.mm(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
-def _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, approximate, transposed):
+def _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, post_norm, approximate, transposed):
     scale, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    options = eps, p, approximate == "tanh", transposed, compute_dtype(x), compute_dtype(residual)
+    dtypes = compute_dtype(x), *sum_and_normal_dtypes(compute_dtype(x), residual, post_norm)
+    options = eps, p, approximate == "tanh", transposed, post_norm, *dtypes
     own = None if residual is x else residual
     return _Sublayer.apply(x, weight_1, bias_1, weight_2, bias_2, own, scale, shift, *options)
 
@@ -51,29 +55,32 @@ def _weight_gradient(x, gradient, transposed, dtype):
 
 class _Sublayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight_1, bias_1, weight_2, bias_2, own, scale, shift, eps, p, tanh, transposed, *dtypes):
-        """own: the residual, None if it is x; dtypes: of the matrix products, and of the normalised result."""
+    def forward(
+        ctx, x, weight_1, bias_1, weight_2, bias_2, own, scale, shift, eps, p, tanh, transposed, post_norm, dtype,
+        *dtypes,
+    ):  # fmt: skip
+        """own: the residual, None if it is x; dtype: of the matrix products; dtypes: of the sum and the normalised."""
         from .gelu_kernels import gelu_forward
         from .norm_kernels import norm_forward
 
         residual = (x if own is None else own).contiguous()
-        first = None if weight_1 is None else weight_1.to(dtypes[0])
-        second = weight_2.to(dtypes[0])
-        flat = x.reshape(-1, x.shape[-1]).to(dtypes[0])
+        first = None if weight_1 is None else weight_1.to(dtype)
+        second = weight_2.to(dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
         before, hidden = None, flat
         if first is not None:
             before = flat @ (first if transposed else first.t())
             hidden = gelu_forward(before, bias_1, tanh)
         out = hidden @ (second if transposed else second.t())
         seed = dropout_seed(p, x)
-        total, normal, statistics = norm_forward(out, bias_2, residual, scale, shift, eps, p, seed, dtypes[1])
+        total, normal, statistics = norm_forward(out, bias_2, residual, scale, shift, eps, p, seed, *dtypes)
         kept = None if scale is None else total
         ctx.save_for_backward(flat, first, bias_1, before, hidden, second, kept, statistics, scale, seed)
         ctx.p, ctx.tanh, ctx.transposed, ctx.shape, ctx.has_bias = p, tanh, transposed, x.shape, bias_2 is not None
         ctx.weight_dtypes = None if weight_1 is None else weight_1.dtype, weight_2.dtype
-        ctx.product_dtype, ctx.residual_dtype, ctx.shared = dtypes[0], residual.dtype, own is None
-        ctx.set_materialize_grads(False)  # BERT does not use the sum: no zeros for its gradient
-        return total, normal
+        ctx.product_dtype, ctx.residual_dtype, ctx.shared = dtype, residual.dtype, own is None
+        ctx.set_materialize_grads(False)  # no zeros for what is not used
+        return None if post_norm else total, normal
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -82,7 +89,7 @@ class _Sublayer(torch.autograd.Function):
         from .norm_kernels import norm_backward
 
         if dtotal is None and dnormal is None:
-            return (None,) * 14
+            return (None,) * 16
         flat, first, bias_1, before, hidden, second, total, statistics, scale, seed = ctx.saved_tensors
         dtotal, dnormal = (None if t is None else t.contiguous() for t in (dtotal, dnormal))
         needs_x, needs_1, _, needs_2, _, needs_own, *_ = ctx.needs_input_grad
@@ -105,11 +112,12 @@ class _Sublayer(torch.autograd.Function):
             back = last.t() if transposed else last
             if not ctx.shared:
                 dx = (gradient @ back).view(ctx.shape)
-            elif dresidual is not dtotal and dresidual.dtype == gradient.dtype:
-                dresidual.view(-1, dresidual.shape[-1]).addmm_(gradient, back)
-                dx = dresidual
-            else:
+            elif dresidual is dtotal:
                 dx = dresidual + (gradient @ back).view(ctx.shape)
+            else:
+                dx, flat_dx = dresidual, dresidual.view(-1, dresidual.shape[-1])
+                same = dx.dtype == gradient.dtype
+                flat_dx.addmm_(gradient, back) if same else flat_dx.add_(gradient @ back)
         return (
             dx,
             dweight_1,
@@ -119,5 +127,5 @@ class _Sublayer(torch.autograd.Function):
             dresidual if needs_own else None,
             dscale,
             dshift,
-            *(None,) * 6,
+            *(None,) * 8,
         )

@@ -23,7 +23,7 @@ class BertEmbeddings(stock.BertEmbeddings):
         else:
             types = self.token_type_embeddings(token_type_ids)
         embeddings = embeddings + (self.position_embeddings(position_ids) + types)
-        return self.dropout(layer_norm(embeddings, self.LayerNorm))
+        return self.dropout(layer_norm(embeddings, self.LayerNorm, post_norm=True))
 
 
 class BertSelfAttention(stock.BertSelfAttention):
@@ -42,7 +42,8 @@ class BertSelfAttention(stock.BertSelfAttention):
 
 class _Output:
     def forward(self, hidden_states, input_tensor):
-        return linear_norm(self.dense, hidden_states, input_tensor, self.LayerNorm, dropout_p(self.dropout))[1]
+        dropout = dropout_p(self.dropout)
+        return linear_norm(self.dense, hidden_states, input_tensor, self.LayerNorm, dropout, post_norm=True)[1]
 
 
 class BertSelfOutput(_Output, stock.BertSelfOutput):
@@ -82,7 +83,7 @@ class BertLayer(stock.BertLayer):
             return super().feed_forward_chunk(attention_output)
         return gelu_norm(
             first.dense, first.intermediate_act_fn, last.dense, attention_output, attention_output, last.LayerNorm,
-            dropout_p(last.dropout), first.fuse,
+            dropout_p(last.dropout), first.fuse, post_norm=True,
         )[1]  # fmt: skip
 
 

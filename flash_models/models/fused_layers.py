@@ -50,14 +50,15 @@ def linear_gelu(linear, activation, x, fuse):
     return bias_gelu(*product_and_bias(linear, x), approximate)
 
 
-def linear_norm(linear, x, residual, norm, p):
+def linear_norm(linear, x, residual, norm, p, post_norm=False):
     """(residual + dropout(linear(x)), the LayerNorm `norm` of it or None without one)."""
     if not is_plain(linear, nn.Linear, Conv1D):
-        return dropout_add_norm(linear(x), None, residual, norm, p)
-    return linear_dropout_add_norm(x, linear.weight, linear.bias, residual, norm, p, type(linear) is Conv1D)
+        return dropout_add_norm(linear(x), None, residual, norm, p, post_norm)
+    transposed = type(linear) is Conv1D
+    return linear_dropout_add_norm(x, linear.weight, linear.bias, residual, norm, p, post_norm, transposed)
 
 
-def gelu_norm(first, activation, second, x, residual, norm, p, fuse):
+def gelu_norm(first, activation, second, x, residual, norm, p, fuse, post_norm=False):
     """`linear_norm` of activation(first(x)) and `second`."""
     approximate = _GELUS.get(type(activation))
     kind = type(first)
@@ -67,9 +68,9 @@ def gelu_norm(first, activation, second, x, residual, norm, p, fuse):
         or not is_plain(first, nn.Linear, Conv1D)
         or not is_plain(second, kind)
     ):
-        return linear_norm(second, linear_gelu(first, activation, x, fuse), residual, norm, p)
+        return linear_norm(second, linear_gelu(first, activation, x, fuse), residual, norm, p, post_norm)
     parameters = first.weight, first.bias, approximate, second.weight, second.bias
-    return feed_forward(x, *parameters, residual, norm, p, kind is Conv1D)
+    return feed_forward(x, *parameters, residual, norm, p, post_norm, kind is Conv1D)
 
 
 def dropout_p(dropout):

@@ -28,7 +28,7 @@ __device__ __forceinline__ void await_previous_kernel() {
 // The same, for the kernel before: the next one may begin where there is room, once all CTAs have said so.
 __device__ __forceinline__ void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
