@@ -165,9 +165,12 @@ def draw_training(rows, facts, path):
         title = model + (", padded" if padded == "1" else "")
         axes.set_title(title + (f", {processes} processes" if processes != "1" else ""), fontsize=9)
         axes.set_xlabel("sequence length (tokens)", fontsize=8)
-    first = figure.axes[0]
-    first.set_ylabel("tokens/s")
-    first.legend(fontsize=6)
+    figure.axes[0].set_ylabel("tokens/s")
+    known = {}  # each label once, wherever it occurs
+    for axes in figure.axes:
+        handles, names = axes.get_legend_handles_labels()
+        known |= dict(zip(names, handles, strict=True))
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=3, fontsize=7)
     figure.suptitle(", ".join(f"{key} {value}" for key, value in facts.items()), fontsize=7, wrap=True)
     figure.savefig(path, dpi=130)
 
