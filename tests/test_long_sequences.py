@@ -48,8 +48,8 @@ def test_262144_tokens():
 
 
 def test_memory_of_65536_tokens():
-    """Forward and backward of a layer of BERT-base's size: what they return and lse, and beside it, in fp32, a sum of dq
-    and the pieces of the lines of global tokens."""
+    """Forward and backward of a layer of BERT-base's size: what they return and lse, and beside it, in fp32, a sum of
+    dq and the pieces of the lines of global tokens."""
     length, heads = 2**16, 12
     layout = local_global(length, 256, 128, device="cuda")
     q, k, v, dout = inputs(length, heads)
