@@ -84,8 +84,8 @@ def test_out_of_memory_is_a_row_and_time_is_kept(tmp_path, monkeypatch):
 def test_a_wrong_gradient_is_not_timed(tmp_path, monkeypatch):
     right = fused.norm._plain
 
-    def wrong(x, bias, residual, norm, p):
-        total, normal = right(x, bias, residual, norm, p)
+    def wrong(*arguments):
+        total, normal = right(*arguments)
         return total, normal if normal is None else 1.01 * normal
 
     monkeypatch.setattr(fused.norm, "_plain", wrong)
