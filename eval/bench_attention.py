@@ -169,9 +169,12 @@ def conditions(device):
     return facts
 
 
-def machine_name(facts):
-    """What `conditions` ran on, as a part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", facts.get("gpu", "cpu").lower().removeprefix("nvidia ")).strip("-")
+def result_path(benchmark, facts, output_dir, quick=False):
+    """The CSV file of a benchmark, named after it, what `conditions` ran on and torch; its folder is made."""
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    machine = re.sub(r"[^a-z0-9]+", "-", facts.get("gpu", "cpu").lower().removeprefix("nvidia ")).strip("-")
+    return output_dir / f"{benchmark}-{machine}-torch{torch.__version__.split('+')[0]}{'-quick' * quick}.csv"
 
 
 def print_table(rows, header):
@@ -199,10 +202,8 @@ def write_csv(rows, facts, path):
 
 
 def report_rows(benchmark, rows, facts, output_dir, quick):
-    """Write `rows` to a CSV file named after benchmark and machine; print them and its path as one JSON line."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    name = f"{benchmark}-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}" + ("-quick" if quick else "")
-    path = output_dir / f"{name}.csv"
+    """Write `rows` to the benchmark's CSV file; print them and its path as one JSON line."""
+    path = result_path(benchmark, facts, output_dir, quick)
     write_csv(rows, facts, path)
     print(json.dumps({"benchmark": benchmark, **facts, "rows": rows, "csv": str(path)}))
 
@@ -245,11 +246,7 @@ def main():
     for case in cases:
         rows += measure(case, device)
         print_table(rows[-2:], header=len(rows) == 2)
-    name = f"attention{suite}-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}" + (
-        "-quick" if args.quick else ""
-    )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path = args.output_dir / f"{name}.csv"
+    path = result_path(f"attention{suite}", facts, args.output_dir, args.quick)
     write_csv(rows, facts, path)
     draw_attention(rows, facts, path.with_suffix(".png"))
     print(json.dumps({"benchmark": "attention", **facts, **summary(rows), "csv": str(path)}))

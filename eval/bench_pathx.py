@@ -25,7 +25,7 @@ from contextlib import nullcontext as no_context
 from pathlib import Path
 
 import torch
-from bench_attention import conditions, machine_name, write_csv
+from bench_attention import conditions, result_path, write_csv
 from figures import draw_pathx
 from tasks.pathx_model import PathTracer, compile_layers, create_model, prepare_batch
 from tasks.pathx_training import curve_layers
@@ -205,9 +205,7 @@ def main(argv=None):
             batch = (args.batch_size or sparse) if name == "block_sparse" else (args.dense_batch_size or dense)
             rows += measure(source, size, name, batch, device, budget=0.5 if args.quick else 2.0)
     add_speedups(rows)
-    name = f"pathx-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}" + ("-quick" if args.quick else "")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path = args.output_dir / f"{name}.csv"
+    path = result_path("pathx", facts, args.output_dir, args.quick)
     write_csv(rows, facts, path)
     draw_pathx(rows, facts, path.with_suffix(".png"))
     speedups = {

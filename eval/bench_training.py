@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from bench_attention import conditions, machine_name, write_csv
+from bench_attention import conditions, result_path, write_csv
 from figures import draw_training
 from tasks.script import peak_memory_mib
 from tasks.training_cases import MODELS, VARIANTS, Case, peak_flops
@@ -67,8 +67,8 @@ def verify(case, variant, device):
     against transformers in float32. Exits if more than TOLERANCE. Block-sparse against SDPA under its mask."""
     few = Case(case.model, min(case.batch, 2), min(case.length, 4096), case.padded)  # all of it in float32 may not fit
     (batch,) = few.batches(1, device)
-    variant = variant if VARIANTS[variant][0] is None else "flash_models"
-    stock = few.with_block_mask(batch) if VARIANTS[variant][2] else batch
+    variant = variant if VARIANTS[variant].ours else "flash_models"
+    stock = few.with_block_mask(batch) if VARIANTS[variant].sparse else batch
     truth = gradient(few, "sdpa", stock, contextlib.nullcontext())
     theirs = gradient(few, "sdpa", stock, autocast(device))
     ours = gradient(few, variant, few.feed(variant, batch), autocast(device))
@@ -123,7 +123,7 @@ def train(case, variant, accelerator, budget):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if accelerator.num_processes > 1:
         model = accelerator.prepare_model(model)
-    if VARIANTS[variant][1]:
+    if VARIANTS[variant].compiled:
         model = torch.compile(model)
     batches = case.batches(BATCHES, device, seed=accelerator.process_index)
     fed, losses = [case.feed(variant, batch) for batch in batches], []
@@ -140,11 +140,11 @@ def train(case, variant, accelerator, budget):
     sums = [sum(count(batch) for batch in batches) / BATCHES for count in (case.tokens, case.flop)]
     tokens, flop = accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=device), "sum").tolist()
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    counted = peak and not VARIANTS[variant].sparse  # `flop` does not know what a pattern leaves out
     return {
         "ms_per_step": round(seconds * 1e3, 2),
         "tokens_per_second": round(tokens / seconds),
-        # what block-sparse attention leaves out is not counted
-        "mfu": round(flop / seconds / peak / accelerator.num_processes, 4) if peak and not VARIANTS[variant][2] else "",
+        "mfu": round(flop / seconds / peak / accelerator.num_processes, 4) if counted else "",
         "peak_memory_gib": round(peak_memory_mib(device) / 1024, 2),
         "loss": round(torch.stack(losses[-BATCHES:]).mean().item(), 4),
         "first_step_s": round(first, 1),
@@ -224,9 +224,7 @@ def main(argv=None):
     main_process = accelerator.is_main_process
     facts = conditions(accelerator.device)
     header = "# " + ", ".join(f"{key} {value}" for key, value in facts.items())
-    name = f"training-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}"
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path = args.output_dir / f"{name}.csv"
+    path = result_path("training", facts, args.output_dir)
     rows = kept_rows(path, header, args.fresh)
     known = {tuple(str(row[key]) for key in KEY) for row in rows}
     todo = [(case, variant) for case in cases(args) for variant in args.variants]
@@ -242,7 +240,7 @@ def main(argv=None):
             left += 1
             continue
         bar.set_postfix_str(f"{case.model} {case.batch} x {case.length}{' padded' * case.padded} {variant}")
-        verified = case, VARIANTS[variant][2], case.packs(variant)
+        verified = case, VARIANTS[variant].sparse, case.packs(variant)
         if verified not in errors:
             errors[verified] = verify(case, variant, accelerator.device)
         fields["gradient_error_ratio"] = errors[verified]

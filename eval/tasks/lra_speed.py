@@ -9,10 +9,9 @@ timed in several calls: each adds its own to the table.
 import csv
 import math
 import statistics
-from pathlib import Path
 
 import torch
-from bench_attention import conditions, machine_name, write_csv
+from bench_attention import conditions, result_path, write_csv
 from bench_pathx import autocast, seconds
 from figures import draw_lra
 from tasks.document_model import ClassifierLoss
@@ -154,8 +153,7 @@ def run(args, device):
     """Measure, write CSV and figure into args.output_dir; returns the report."""
     facts = conditions(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
-    name = f"lra-{machine_name(facts)}-torch{torch.__version__.split('+')[0]}" + ("-quick" if args.quick else "")
-    path = Path(args.output_dir) / f"{name}.csv"
+    path = result_path("lra", facts, args.output_dir, args.quick)
     rows, errors = earlier_rows(path, facts, args.task), {}
     kinds = [False, True] if args.torch_compile and device.type == "cuda" else [False]
     for name in args.task:

@@ -2,6 +2,7 @@
 """What bench_training.py times: models of random weights, batches of random tokens, and who trains them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
@@ -17,13 +18,25 @@ MODELS = {  # name: (hidden size, layers, heads)
     "bert-mini": (256, 4, 4),
     "gpt2-mini": (256, 4, 4),
 }
-VARIANTS = {  # name: (attention of transformers or None for ours, compiled, block-sparse)
-    "eager": ("eager", False, False),
-    "sdpa": ("sdpa", False, False),
-    "sdpa_compile": ("sdpa", True, False),
-    "flash_models": (None, False, False),
-    "flash_models_compile": (None, True, False),
-    "flash_models_sparse": (None, False, True),
+
+
+class Variant(NamedTuple):
+    attention: str | None = None  # of transformers; None for ours
+    compiled: bool = False
+    sparse: bool = False
+
+    @property
+    def ours(self):
+        return self.attention is None
+
+
+VARIANTS = {
+    "eager": Variant("eager"),
+    "sdpa": Variant("sdpa"),
+    "sdpa_compile": Variant("sdpa", compiled=True),
+    "flash_models": Variant(),
+    "flash_models_compile": Variant(compiled=True),
+    "flash_models_sparse": Variant(sparse=True),
 }
 # Longformer's window (arXiv 2004.05150), and one block of global tokens
 BLOCK_SPARSE = {"pattern": "local_global", "window": 256, "global": 128}
@@ -57,15 +70,15 @@ class Case:
 
     def build(self, variant, device, dropout=True, seed=0):
         """The model in training mode, not compiled yet."""
-        attention, compiled, sparse = VARIANTS[variant]
+        kind = VARIANTS[variant]
         torch.manual_seed(seed)
         with torch.device(device):
-            config = self.config(attention or "sdpa", dropout)
+            config = self.config(kind.attention or "sdpa", dropout)
             model = BertForMaskedLM(config) if self.is_bert else GPT2LMHeadModel(config)
         model.loss_type = "ForMaskedLM" if self.is_bert else "ForCausalLM"  # GPT-2's default, without a graph break
-        if attention is None:
-            unpad = self.is_bert and self.padded and not compiled  # a compiled model cannot look at a mask: see `feed`
-            patch(model, BLOCK_SPARSE if sparse else None, unpad=unpad, fuse=True)
+        if kind.ours:
+            unpad = self.is_bert and self.padded and not kind.compiled  # it cannot look at a mask: see `feed`
+            patch(model, BLOCK_SPARSE if kind.sparse else None, unpad=unpad, fuse=True)
         return model.train()
 
     def batches(self, count, device, seed=0):
@@ -90,8 +103,7 @@ class Case:
 
     def packs(self, variant):
         """Whether `variant` gets its batches packed: ours compiled, for padded BERT batches."""
-        attention, compiled, _ = VARIANTS[variant]
-        return attention is None and compiled and self.is_bert and self.padded
+        return VARIANTS[variant].ours and VARIANTS[variant].compiled and self.is_bert and self.padded
 
     def feed(self, variant, batch):
         """What `variant` is given for a batch of `batches`: the batch itself, or the same tokens without the padding.

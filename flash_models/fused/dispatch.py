@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which form of a fused function runs, and in which dtype it computes."""
+"""Which form of a fused function runs, in which dtype it computes, and the matrix products of all of them."""
 
 import functools
 import warnings
 
 import torch
+from torch.nn import functional as F
 
 
 @functools.cache
@@ -32,6 +33,18 @@ def compute_dtype(tensor):
     """The dtype of a matrix product of `tensor`: autocast's inside of it, its own elsewhere."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def multiply(x, weight, transposed):
+    """x (..., M) times the weight of an nn.Linear, (N, M), or with `transposed` of a Conv1D, (M, N)."""
+    if not transposed:
+        return F.linear(x, weight)
+    return torch.mm(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def weight_gradient(x, gradient, transposed, dtype):
+    """Of the weight of `multiply`, in `dtype`: x (T, M), the result's gradient (T, N)."""
+    return product(x.t(), gradient, dtype) if transposed else product(gradient.t(), x, dtype)
 
 
 def product(a, b, dtype):

@@ -74,7 +74,6 @@ class _DropoutAddNorm(torch.autograd.Function):
     def forward(ctx, x, bias, residual, weight, shift, eps, p, post_norm, *dtypes):
         from .norm_kernels import norm_forward
 
-        x, residual = None if x is None else x.contiguous(), residual.contiguous()
         seed = dropout_seed(p, residual) if x is not None else None
         total, out, statistics = norm_forward(x, bias, residual, weight, shift, eps, p, seed, *dtypes)
         ctx.save_for_backward(total if weight is not None else None, statistics, weight, seed)
@@ -91,7 +90,6 @@ class _DropoutAddNorm(torch.autograd.Function):
         if dtotal is None and dout is None:
             return (None,) * 10
         total, statistics, weight, seed = ctx.saved_tensors
-        dtotal, dout = (None if t is None else t.contiguous() for t in (dtotal, dout))
         dx, dresidual, dbias, dweight, dshift = norm_backward(
             dtotal, dout, total, statistics, weight, seed, ctx.p, *ctx.dtypes, ctx.has_bias
         )

@@ -102,6 +102,7 @@ def _launch(columns):
 def norm_forward(x, bias, residual, weight, shift, eps, p, seed, sum_dtype, dtype):
     """(sum in `sum_dtype`, normalised in `dtype`, float32 (2, rows) of means and 1 / standard deviations); the last two
     None without weight."""
+    x, residual = None if x is None else x.contiguous(), residual.contiguous()
     columns = residual.shape[-1]
     rows = residual.numel() // columns
     total = residual if x is None else residual.new_empty(residual.shape, dtype=sum_dtype)
@@ -122,6 +123,7 @@ def norm_forward(x, bias, residual, weight, shift, eps, p, seed, sum_dtype, dtyp
 def norm_backward(dtotal, dout, total, statistics, weight, seed, p, x_dtype, residual_dtype, has_bias):
     """(dx or None, dresidual, gradients of bias, weight and shift): the last three float32 (columns,), None without a
     bias and without `dout`. dtotal or dout may be None; dresidual is dtotal itself where that is the gradient."""
+    dtotal, dout = (None if t is None else t.contiguous() for t in (dtotal, dout))
     like = dout if dout is not None else dtotal
     columns = like.shape[-1]
     rows = like.numel() // columns

@@ -3,7 +3,7 @@
 
 import torch
 
-from .dispatch import compute_dtype, product
+from .dispatch import compute_dtype, product, weight_gradient
 
 
 def project_qkv(x, weights, biases, head_dim, transposed=False):
@@ -51,8 +51,7 @@ class _ProjectQKV(torch.autograd.Function):
         dx = product(gradient, weight, ctx.dtype).view(ctx.shape) if ctx.needs_input_grad[0] else None
         dweight = dbias = (None,) * half
         if any(needs[:half]):
-            whole = product(x.t(), gradient, dtype) if ctx.transposed else product(gradient.t(), x, dtype)
-            dweight = whole.chunk(half)
+            dweight = weight_gradient(x, gradient, ctx.transposed, dtype).chunk(half)
         if any(needs[half:]):
             dbias = gradient.sum(0, dtype=dtype).chunk(half)
         found = [g if need else None for g, need in zip((*dweight, *dbias), needs, strict=True)]

@@ -7,9 +7,8 @@ its gradient is added within a matrix product.
 """
 
 import torch
-from torch.nn import functional as F
 
-from .dispatch import compute_dtype, product
+from .dispatch import compute_dtype, multiply, weight_gradient
 from .gelu import bias_gelu
 from .norm import dropout_add_norm, dropout_seed, kernels_take, sum_and_normal_dtypes
 
@@ -21,7 +20,7 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm, p, post_norm=False,
     norm.py) None and the norm.
     """
     if not kernels_take(residual, norm):
-        return dropout_add_norm(_linear(x, weight, transposed), bias, residual, norm, p, post_norm)
+        return dropout_add_norm(multiply(x, weight, transposed), bias, residual, norm, p, post_norm)
     return _run(x, None, None, weight, bias, residual, norm, p, post_norm, "none", transposed)
 
 
@@ -30,15 +29,9 @@ def feed_forward(
 ):  # fmt: skip
     """`linear_dropout_add_norm` of gelu(x W1 + bias_1), W2 and bias_2; approximate as F.gelu has it."""
     if not kernels_take(residual, norm):
-        hidden = bias_gelu(_linear(x, weight_1, transposed), bias_1, approximate)
-        return dropout_add_norm(_linear(hidden, weight_2, transposed), bias_2, residual, norm, p, post_norm)
+        hidden = bias_gelu(multiply(x, weight_1, transposed), bias_1, approximate)
+        return dropout_add_norm(multiply(hidden, weight_2, transposed), bias_2, residual, norm, p, post_norm)
     return _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, post_norm, approximate, transposed)
-
-
-def _linear(x, weight, transposed):
-    if not transposed:
-        return F.linear(x, weight)
-    return torch.mm(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
 def _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, post_norm, approximate, transposed):
@@ -47,10 +40,6 @@ def _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, post_norm, ap
     options = eps, p, approximate == "tanh", transposed, post_norm, *dtypes
     own = None if residual is x else residual
     return _Sublayer.apply(x, weight_1, bias_1, weight_2, bias_2, own, scale, shift, *options)
-
-
-def _weight_gradient(x, gradient, transposed, dtype):
-    return product(x.t(), gradient, dtype) if transposed else product(gradient.t(), x, dtype)
 
 
 class _Sublayer(torch.autograd.Function):
@@ -63,7 +52,7 @@ class _Sublayer(torch.autograd.Function):
         from .gelu_kernels import gelu_forward
         from .norm_kernels import norm_forward
 
-        residual = (x if own is None else own).contiguous()
+        residual = x if own is None else own
         first = None if weight_1 is None else weight_1.to(dtype)
         second = weight_2.to(dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -91,7 +80,6 @@ class _Sublayer(torch.autograd.Function):
         if dtotal is None and dnormal is None:
             return (None,) * 16
         flat, first, bias_1, before, hidden, second, total, statistics, scale, seed = ctx.saved_tensors
-        dtotal, dnormal = (None if t is None else t.contiguous() for t in (dtotal, dnormal))
         needs_x, needs_1, _, needs_2, _, needs_own, *_ = ctx.needs_input_grad
         transposed = ctx.transposed
         gradient, dresidual, dbias_2, dscale, dshift = norm_backward(
@@ -100,13 +88,13 @@ class _Sublayer(torch.autograd.Function):
         gradient = gradient.view(-1, gradient.shape[-1])
         dweight_1 = dweight_2 = dbias_1 = dx = None
         if needs_2:
-            dweight_2 = _weight_gradient(hidden, gradient, transposed, ctx.weight_dtypes[1])
+            dweight_2 = weight_gradient(hidden, gradient, transposed, ctx.weight_dtypes[1])
         last = second
         if first is not None:
             dhidden = gradient @ (second.t() if transposed else second)
             gradient, dbias_1 = gelu_backward(dhidden, before, bias_1, ctx.tanh)
             if needs_1:
-                dweight_1 = _weight_gradient(flat, gradient, transposed, ctx.weight_dtypes[0])
+                dweight_1 = weight_gradient(flat, gradient, transposed, ctx.weight_dtypes[0])
             last = first
         if needs_x:
             back = last.t() if transposed else last

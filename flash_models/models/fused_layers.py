@@ -8,11 +8,11 @@ layers by the names of their classes, and submodules, parameters, state dict, co
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from ..fused import bias_gelu, dropout_add_norm, feed_forward, layer_norm, linear_dropout_add_norm
+from ..fused.dispatch import multiply
 from .logits import Logits
 
 # what F.gelu calls them; FastGELU writes the constant of the tanh form with ten digits
@@ -35,11 +35,9 @@ def is_plain(module, *classes):
 
 def product_and_bias(linear, x):
     """(x W, b), so that the bias is added where something else is done; (the module's result, None) if not plain."""
-    if is_plain(linear, nn.Linear):
-        return F.linear(x, linear.weight), linear.bias
-    if is_plain(linear, Conv1D):
-        return torch.mm(x.reshape(-1, x.shape[-1]), linear.weight).view(*x.shape[:-1], linear.nf), linear.bias
-    return linear(x), None
+    if not is_plain(linear, nn.Linear, Conv1D):
+        return linear(x), None
+    return multiply(x, linear.weight, type(linear) is Conv1D), linear.bias
 
 
 def linear_gelu(linear, activation, x, fuse):
@@ -60,14 +58,9 @@ def linear_norm(linear, x, residual, norm, p, post_norm=False):
 
 def gelu_norm(first, activation, second, x, residual, norm, p, fuse, post_norm=False):
     """`linear_norm` of activation(first(x)) and `second`."""
-    approximate = _GELUS.get(type(activation))
-    kind = type(first)
-    if (
-        "gelu" not in fuse
-        or approximate is None
-        or not is_plain(first, nn.Linear, Conv1D)
-        or not is_plain(second, kind)
-    ):
+    approximate, kind = _GELUS.get(type(activation)), type(first)
+    plain = is_plain(first, nn.Linear, Conv1D) and is_plain(second, kind)
+    if "gelu" not in fuse or approximate is None or not plain:
         return linear_norm(second, linear_gelu(first, activation, x, fuse), residual, norm, p, post_norm)
     parameters = first.weight, first.bias, approximate, second.weight, second.bias
     return feed_forward(x, *parameters, residual, norm, p, post_norm, kind is Conv1D)
