@@ -70,6 +70,15 @@ CHECKPOINTS = {
             max_tokens=16_384,
             script="eval/long_document.py",
         ),
+        Checkpoint(
+            name="gpt2-mini-8k-flash",
+            title="GPT-2-mini",
+            task="language modelling of English novels",
+            pipeline_tag="text-generation",
+            license="apache-2.0",
+            max_tokens=8192,
+            script="eval/perplexity.py",
+        ),
     )
 }
 

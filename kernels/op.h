@@ -59,11 +59,10 @@ inline Shape shape_vector(const Tensor& t) {
 // torch::stable::new_empty for 2.9, which calls the operator; the one for 2.10 looks it up by its name every time.
 inline Tensor empty_on(const Tensor& like, const Shape& shape, ScalarType dtype) {
   int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), static_cast<int64_t>(shape.size()),
-                                                          &type, nullptr, &device, like.get_device_index(), nullptr,
-                                                          &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), static_cast<int64_t>(shape.size()), &type,
+                                                   nullptr, &device, like.get_device_index(), nullptr, &made));
   return Tensor(made);
 }
 
@@ -74,14 +73,13 @@ inline Tensor exchanged(const Tensor& t, int64_t one, int64_t other) {
   std::swap(sizes[one], sizes[other]);
   std::swap(strides[one], strides[other]);
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(t.get(), t.dim(), sizes.data(), strides.data(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), t.dim(), sizes.data(), strides.data(), 0, &made));
   return Tensor(made);
 }
 
 inline Tensor zeros_on(const Tensor& like, const Shape& shape, ScalarType dtype) {
   Tensor zeros = empty_on(like, shape, dtype);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(zeros.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(zeros.get()));
   return zeros;
 }
 

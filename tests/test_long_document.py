@@ -223,7 +223,8 @@ def test_memory_budget_packing_and_checkpointing_do_not_change_what_is_learned(d
 def test_two_processes_learn_what_one_does(bert, tmp_path):
     file = write_csv(tmp_path / "train.csv", weather(24))
     command = ["--train_file", file, "--max_length", 64, "--max_train_steps", 1, "--unpad", "--max_batch_tokens", 100]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    # no GPU is visible: of one GPU, a process that has number 1 would ask for number 1
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for processes, batch_size in ((1, 8), (2, 4)):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         script = [long_document.__file__, "--do_train", "--model_name_or_path", bert, *command]

@@ -200,11 +200,15 @@ def test_trainer_trains_and_resumes(kind, tmp_path, device, strict):
 # several processes
 
 
-@pytest.mark.parametrize("way", ["accelerate", "fsdp2"])
+@pytest.mark.parametrize("way", ["accelerate", "fsdp2", "accelerate_fsdp2"])
 def test_two_processes(way, tmp_path):
     """Two processes on half a batch each take the step that the model of transformers takes on the whole batch."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLASH_MODELS_STRICT": "1", "ACCELERATE_USE_CPU": "true"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLASH_MODELS_STRICT": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    if way != "accelerate_fsdp2":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    elif torch.cuda.device_count() < 2:
+        pytest.skip("accelerate's FSDP2 needs two GPUs")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(ROOT / "tests" / "two_processes.py"), way]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

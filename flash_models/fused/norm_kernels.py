@@ -21,9 +21,9 @@ def _kept(seed, row, p, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(x, bias, residual, weight, shift, total, out, statistics, seed, columns, eps, p,
+def _forward_kernel(x, bias, residual, weight, shift, kept, out, statistics, seed, columns, eps, p,
                     HAS_X: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr, NORM: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
+                    KEEP_SUM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     inside = place < columns
@@ -36,22 +36,27 @@ def _forward_kernel(x, bias, residual, weight, shift, total, out, statistics, se
         if DROP:
             added = tl.where(_kept(seed, row, p, BLOCK), added / (1.0 - p), 0.0)
         value += added
-        tl.store(total + at, value.to(total.dtype.element_ty), mask=inside)
+        if KEEP_SUM:
+            tl.store(kept + at, value.to(kept.dtype.element_ty), mask=inside)
     if NORM:
         average = tl.sum(value, 0) / columns
         centred = tl.where(inside, value - average, 0.0)
         inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / columns + eps)
         tl.store(statistics + row, average)
         tl.store(statistics + tl.num_programs(0) + row, inverse)
-        scaled = centred * inverse * tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+        normal = centred * inverse
+        if not KEEP_SUM:
+            tl.store(kept + at, normal.to(kept.dtype.element_ty), mask=inside)
+        scaled = normal * tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
         scaled += tl.load(shift + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + at, scaled.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward_kernel(dtotal, dout, total, statistics, weight, seed, dx, dresidual, partial, rows, columns, p,
+def _backward_kernel(dtotal, dout, kept, statistics, weight, seed, dx, dresidual, partial, rows, columns, p,
                      HAS_X: tl.constexpr, HAS_BIAS: tl.constexpr, DROP: tl.constexpr, NORM: tl.constexpr,
-                     HAS_DTOTAL: tl.constexpr, HAS_DRESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                     KEPT_SUM: tl.constexpr, HAS_DTOTAL: tl.constexpr, HAS_DRESIDUAL: tl.constexpr,
+                     BLOCK: tl.constexpr):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     place = tl.arange(0, BLOCK)
     inside = place < columns
@@ -66,8 +71,9 @@ def _backward_kernel(dtotal, dout, total, statistics, weight, seed, dx, dresidua
         gradient = tl.zeros((BLOCK,), tl.float32)
         if NORM:
             inverse = tl.load(statistics + rows + row)
-            value = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
-            normal = tl.where(inside, (value - tl.load(statistics + row)) * inverse, 0.0)
+            normal = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32)
+            if KEPT_SUM:
+                normal = tl.where(inside, (normal - tl.load(statistics + row)) * inverse, 0.0)
             above = tl.load(dout + at, mask=inside, other=0.0).to(tl.float32)
             dweight += above * normal
             dshift += above
@@ -99,13 +105,14 @@ def _launch(columns):
     return block, {"num_warps": min(max(block // 256, 1), 16)}
 
 
-def norm_forward(x, bias, residual, weight, shift, eps, p, seed, sum_dtype, dtype):
-    """(sum in `sum_dtype`, normalised in `dtype`, float32 (2, rows) of means and 1 / standard deviations); the last two
-    None without weight."""
+def norm_forward(x, bias, residual, weight, shift, eps, p, seed, keep_sum, kept_dtype, dtype):
+    """(what is kept for the backward, in `kept_dtype`, normalised in `dtype`, float32 (2, rows) of means and 1 /
+    standard deviations); the last two None without weight. Kept is the sum, or without `keep_sum`, which needs an x and
+    a weight, the normalised sum before weight and shift."""
     x, residual = None if x is None else x.contiguous(), residual.contiguous()
     columns = residual.shape[-1]
     rows = residual.numel() // columns
-    total = residual if x is None else residual.new_empty(residual.shape, dtype=sum_dtype)
+    kept = residual if x is None else residual.new_empty(residual.shape, dtype=kept_dtype)
     out = statistics = None
     if weight is not None:
         out = residual.new_empty(residual.shape, dtype=dtype)
@@ -114,13 +121,13 @@ def norm_forward(x, bias, residual, weight, shift, eps, p, seed, sum_dtype, dtyp
     if rows:
         with torch.cuda.device_of(residual):
             _forward_kernel[(rows,)](
-                x, bias, residual, weight, shift, total, out, statistics, seed, columns, eps, p,
-                x is not None, bias is not None, seed is not None, weight is not None, block, **options,
+                x, bias, residual, weight, shift, kept, out, statistics, seed, columns, eps, p,
+                x is not None, bias is not None, seed is not None, weight is not None, keep_sum, block, **options,
             )  # fmt: skip
-    return total, out, statistics
+    return kept, out, statistics
 
 
-def norm_backward(dtotal, dout, total, statistics, weight, seed, p, x_dtype, residual_dtype, has_bias):
+def norm_backward(dtotal, dout, kept, statistics, weight, seed, p, kept_sum, x_dtype, residual_dtype, has_bias):
     """(dx or None, dresidual, gradients of bias, weight and shift): the last three float32 (columns,), None without a
     bias and without `dout`. dtotal or dout may be None; dresidual is dtotal itself where that is the gradient."""
     dtotal, dout = (None if t is None else t.contiguous() for t in (dtotal, dout))
@@ -138,8 +145,8 @@ def norm_backward(dtotal, dout, total, statistics, weight, seed, p, x_dtype, res
     if rows:
         with torch.cuda.device_of(like):
             _backward_kernel[(programs,)](
-                dtotal, dout, total, statistics, weight, seed, dx, dresidual, partial, rows, columns, p,
-                dx is not None, has_bias, seed is not None, dout is not None, dtotal is not None,
+                dtotal, dout, kept, statistics, weight, seed, dx, dresidual, partial, rows, columns, p,
+                dx is not None, has_bias, seed is not None, dout is not None, kept_sum, dtotal is not None,
                 dresidual is not None, block, **options,
             )  # fmt: skip
     sums = list(partial.sum(1).unbind()) if len(partial) else []

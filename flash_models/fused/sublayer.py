@@ -10,7 +10,7 @@ import torch
 
 from .dispatch import compute_dtype, multiply, weight_gradient
 from .gelu import bias_gelu
-from .norm import dropout_add_norm, dropout_seed, kernels_take, sum_and_normal_dtypes
+from .norm import dropout_add_norm, dropout_seed, kept_and_normal_dtypes, kernels_take
 
 
 def linear_dropout_add_norm(x, weight, bias, residual, norm, p, post_norm=False, transposed=False):
@@ -36,7 +36,7 @@ def feed_forward(
 
 def _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, post_norm, approximate, transposed):
     scale, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    dtypes = compute_dtype(x), *sum_and_normal_dtypes(compute_dtype(x), residual, post_norm)
+    dtypes = compute_dtype(x), *kept_and_normal_dtypes(compute_dtype(x), residual, post_norm)
     options = eps, p, approximate == "tanh", transposed, post_norm, *dtypes
     own = None if residual is x else residual
     return _Sublayer.apply(x, weight_1, bias_1, weight_2, bias_2, own, scale, shift, *options)
@@ -48,7 +48,7 @@ class _Sublayer(torch.autograd.Function):
         ctx, x, weight_1, bias_1, weight_2, bias_2, own, scale, shift, eps, p, tanh, transposed, post_norm, dtype,
         *dtypes,
     ):  # fmt: skip
-        """own: the residual, None if it is x; dtype: of the matrix products; dtypes: of the sum and the normalised."""
+        """own: the residual, None if it is x; dtype: of the matrix products; dtypes: of what the norm keeps and the normalised."""
         from .gelu_kernels import gelu_forward
         from .norm_kernels import norm_forward
 
@@ -62,14 +62,16 @@ class _Sublayer(torch.autograd.Function):
             hidden = gelu_forward(before, bias_1, tanh)
         out = hidden @ (second if transposed else second.t())
         seed = dropout_seed(p, x)
-        total, normal, statistics = norm_forward(out, bias_2, residual, scale, shift, eps, p, seed, *dtypes)
-        kept = None if scale is None else total
-        ctx.save_for_backward(flat, first, bias_1, before, hidden, second, kept, statistics, scale, seed)
+        norm = scale, shift, eps, p, seed
+        kept, normal, statistics = norm_forward(out, bias_2, residual, *norm, not post_norm, *dtypes)
+        of_norm = None if scale is None else kept
+        ctx.save_for_backward(flat, first, bias_1, before, hidden, second, of_norm, statistics, scale, seed)
         ctx.p, ctx.tanh, ctx.transposed, ctx.shape, ctx.has_bias = p, tanh, transposed, x.shape, bias_2 is not None
         ctx.weight_dtypes = None if weight_1 is None else weight_1.dtype, weight_2.dtype
         ctx.product_dtype, ctx.residual_dtype, ctx.shared = dtype, residual.dtype, own is None
+        ctx.kept_sum = not post_norm
         ctx.set_materialize_grads(False)  # no zeros for what is not used
-        return None if post_norm else total, normal
+        return None if post_norm else kept, normal
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -79,11 +81,12 @@ class _Sublayer(torch.autograd.Function):
 
         if dtotal is None and dnormal is None:
             return (None,) * 16
-        flat, first, bias_1, before, hidden, second, total, statistics, scale, seed = ctx.saved_tensors
+        flat, first, bias_1, before, hidden, second, kept, statistics, scale, seed = ctx.saved_tensors
         needs_x, needs_1, _, needs_2, _, needs_own, *_ = ctx.needs_input_grad
         transposed = ctx.transposed
+        dtypes = ctx.product_dtype, ctx.residual_dtype
         gradient, dresidual, dbias_2, dscale, dshift = norm_backward(
-            dtotal, dnormal, total, statistics, scale, seed, ctx.p, ctx.product_dtype, ctx.residual_dtype, ctx.has_bias
+            dtotal, dnormal, kept, statistics, scale, seed, ctx.p, ctx.kept_sum, *dtypes, ctx.has_bias
         )
         gradient = gradient.view(-1, gradient.shape[-1])
         dweight_1 = dweight_2 = dbias_1 = dx = None

@@ -72,6 +72,17 @@ __device__ __forceinline__ uint32_t movmatrix_transposed(uint32_t x) {
   return y;
 }
 
+// "Integer Arithmetic Instructions: mul.wide". From a plain product of 64 bits the compiler makes one that also adds
+// the halves that are 0.
+__device__ __forceinline__ uint64_t multiply_wide(uint32_t a, uint32_t b) {
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+}
+
+// Makes x a value that the compiler knows nothing about and computes nothing from ahead of time.
+__device__ __forceinline__ void forget(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 // "Data Movement: prmt". Each byte of the result repeats the sign bit of the byte of x that the nibble of kSelector,
 // less 8, numbers.
 template <uint32_t kSelector>

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Backward pass for Hopper (sm_90a; arXiv 2205.14135, Algorithm 4), after bwd_rows.cu two launches:
-//   1. A CTA takes tiles of 64 * kWarpgroups keys, one after the other, and walks the query tiles that see them; one
-//   warp
-//      is the producer, and a consumer warpgroup owns 64 keys. Scores are computed transposed, so that P^T and dS^T lie
-//      in registers as the A operands of the products that follow; dS^T alone also goes to shared memory, where dQ
-//      needs it from all keys:
+//   1. A CTA takes tiles of 64 * kWarpgroups keys, one after the other, and walks the query tiles that see them. One
+//      warp is the producer, with dropout three others draw (draw.cuh), and a consumer warpgroup owns 64 keys. Scores
+//      are computed transposed, so that P^T and dS^T lie in registers as the A operands of the products that follow;
+//      dS^T alone also goes to shared memory, where dQ needs it from all keys:
 //        S^T  = K Q^T        P^T  = exp2(scale log2(e) S^T - shift)      dV += P^T dO
 //        dP^T = V dO^T       dS^T = P^T * (dP^T - delta)                 dK += scale dS^T Q      dQ += scale dS K
 //   2. The fp32 sum of dQ, added up by the copy engine, is scaled and rounded. In deterministic mode 1. leaves dQ to
@@ -17,98 +16,24 @@
 //   tensor cores   S^T, dQ of the last tile | dP^T          |      | dV, dK             | S^T, dQ ...
 //   other units                             | store dQ, P^T | dS^T | store dS^T, add dQ |
 //
-//   shared memory   K | V [kKeyStages][kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ]
-//                   dQ of each warp [16 x kDqDim] | shift | delta
+//   shared memory   bwd_shared_sm90.cuh
 //   registers       S^T, dP^T 64 x kTileQ, dK, dV 64 x kDim, dQ 64 x kDqDim, fp32, per warpgroup
 //   barriers        full, empty: as in fwd_sm90.cu; ds_full: all consumers have written dS^T
 #include <algorithm>
 
+#include "bwd_shared_sm90.cuh"
 #include "dispatch.cuh"
-#include "dropout.cuh"
-#include "hopper/tile.cuh"
 #include "maps.h"
 #include "partial.cuh"
-#include "ring.cuh"
 #include "row_tiles.cuh"
 #include "softmax.cuh"
 #include "store_dq.cuh"
-#include "tickets.cuh"
 
 namespace flash_models {
 namespace {
 
-template <int kDim_, int kWarpgroups_, int kTileQ_>
-struct BackwardConfig {
-  static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileQ = kTileQ_, kTileK = 64 * kWarpgroups;
-  static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kKeyStages = kDim <= 64 ? 2 : 1;  // 2: the next tile's K and V come during this one
-  static constexpr int kCtasPerSm = kWarpgroups == 1 ? 2 : 1;
-  // A warpgroup's share of dQ: 64 of a tile's queries, or, where a tile has only 64, some of the columns.
-  static constexpr int kDqDim = kTileQ == kTileK ? kDim : kDim / kWarpgroups;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = kWarpgroups == 2 ? 240 : 232;
-};
-
 struct BackwardMaps {
   CUtensorMap q, k, v, dout;
-};
-
-template <typename T, typename Config>
-struct BackwardShared {
-  static constexpr int kStages = Config::kStages, kTileQ = Config::kTileQ;
-  using Key = PanelTile<T, Config::kTileK, Config::kDim>;
-  using Query = PanelTile<T, kTileQ, Config::kDim>;
-  using Scores = PanelTile<T, Config::kTileK, kTileQ>;
-  static constexpr int kQueries = 2 * Config::kKeyStages * Key::kBytes,
-                       kScores = kQueries + 2 * kStages * Query::kBytes;
-  static constexpr int kDq = kScores + 2 * Scores::kBytes, kWarpDqBytes = 16 * Config::kDqDim * 4;
-  static constexpr int kRows = kDq + 4 * Config::kWarpgroups * kWarpDqBytes;
-  static constexpr int kBarriers = kRows + 2 * kStages * kTileQ * 4;
-  static constexpr int kNotes = kBarriers + 8 * (3 + 4 * kStages + 2 * Config::kKeyStages + 1);
-  static constexpr int kBytes = kNotes + Config::kKeyStages * sizeof(TileNote) + 4 * kStages;
-  uint32_t base;
-
-  __device__ __forceinline__ Key k(int stage) const { return {base + stage * Key::kBytes}; }
-  __device__ __forceinline__ Key v(int stage) const { return k(Config::kKeyStages + stage); }
-  __device__ __forceinline__ Query q(int stage) const { return {base + kQueries + stage * Query::kBytes}; }
-  __device__ __forceinline__ Query dout(int stage) const { return q(kStages + stage); }
-  __device__ __forceinline__ Scores ds(int buffer) const { return {base + kScores + buffer * Scores::kBytes}; }
-  __device__ __forceinline__ uint32_t dq(int warp) const { return base + kDq + warp * kWarpDqBytes; }
-  __device__ __forceinline__ uint32_t shift(int stage) const { return base + kRows + stage * kTileQ * 4; }
-  __device__ __forceinline__ uint32_t delta(int stage) const { return shift(kStages + stage); }
-
-  __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
-  __device__ __forceinline__ uint32_t ds_full(int buffer) const { return base + kBarriers + 8 + 8 * buffer; }
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return base + kBarriers + 24 + 8 * stage; }
-  __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kStages + stage); }
-  __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_full(2 * kStages + stage); }
-  __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kStages + stage); }
-  __device__ __forceinline__ uint32_t kv_full(int stage) const { return q_full(4 * kStages + stage); }
-  __device__ __forceinline__ uint32_t kv_empty(int stage) const { return kv_full(Config::kKeyStages + stage); }
-
-  __device__ __forceinline__ TileNote* note(int stage) const {
-    return static_cast<TileNote*>(__cvta_shared_to_generic(base + kNotes)) + stage;
-  }
-  // The first query of a tile, plus 1 if it is the last one that these keys visit.
-  __device__ __forceinline__ int* first_query(int stage) const {
-    return reinterpret_cast<int*>(note(Config::kKeyStages)) + stage;
-  }
-
-  __device__ __forceinline__ void init_barriers() const {
-    constexpr int kReaders = 4 * Config::kWarpgroups * ptx::kWarpArrivals;
-    ptx::mbarrier_init(raw(), 1);
-    for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), kReaders);
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(q_full(stage), 2);  // Q; shift and delta
-      ptx::mbarrier_init(dout_full(stage), 1);
-      ptx::mbarrier_init(q_empty(stage), kReaders);
-      ptx::mbarrier_init(dout_empty(stage), kReaders);
-    }
-    for (int stage = 0; stage < Config::kKeyStages; ++stage) {
-      ptx::mbarrier_init(kv_full(stage), 2);  // K and V
-      ptx::mbarrier_init(kv_empty(stage), kReaders);
-    }
-    ptx::mbarrier_init_fence();
-  }
 };
 
 // The keys of one tile, as producer and consumers both derive them.
@@ -141,7 +66,8 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
   Producer producer{shared.raw()};
   Ring<Config::kStages> ring;
-  Ring<Config::kKeyStages> keys;
+  Ring<2> keys;
+  Ring<1> values;
   for (int number; (number = take_ticket(g.ticket)) < schedule.count;) {
     const ListedWork work = schedule.work(p, number);
     const KeyTile<Config> tile(p, work.place.tile, work.place.batch);
@@ -154,13 +80,17 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
     const Tiles walk = query_tiles(p, tile.s, tile.visible, work.piece, tile.k0, Config::kTileK, kTileQ);
     int position = walk.next(0);
 
-    ptx::mbarrier_wait(shared.kv_empty(keys.stage), keys.parity ^ 1);
+    ptx::mbarrier_wait(shared.k_empty(keys.stage), keys.parity ^ 1);
     if (producer.leader)
       *shared.note(keys.stage) = {work.place.tile, head, work.place.batch,
                                   2 * static_cast<int>(work.slot) + (position < walk.count)};
-    producer.load(shared.k(keys.stage), maps.k, shared.kv_full(keys.stage), key, head, batch, lo, hi);
-    producer.load(shared.v(keys.stage), maps.v, shared.kv_full(keys.stage), key, head, batch, lo, hi);
+    producer.load(shared.k(keys.stage), maps.k, shared.k_full(keys.stage), key, head, batch, lo, hi);
     keys.advance();
+    if (position < walk.count) {
+      ptx::mbarrier_wait(shared.v_empty(), values.parity ^ 1);
+      producer.load(shared.v(), maps.v, shared.v_full(), key, head, batch, lo, hi);
+      values.advance();
+    }
     for (; position < walk.count; ring.advance()) {
       const int q0 = walk.tile(position) * kTileQ, stage = ring.stage;
       position = walk.next(position + 1);
@@ -176,10 +106,42 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
       producer.load(shared.dout(stage), maps.dout, shared.dout_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
     }
   }
-  ptx::mbarrier_wait(shared.kv_empty(keys.stage), keys.parity ^ 1);
+  ptx::mbarrier_wait(shared.k_empty(keys.stage), keys.parity ^ 1);
   if (producer.leader) {
     *shared.note(keys.stage) = TileNote::end();
-    for (int arrivals = 0; arrivals < 2; ++arrivals) ptx::mbarrier_arrive(shared.kv_full(keys.stage));
+    ptx::mbarrier_arrive(shared.k_full(keys.stage));
+  }
+}
+
+template <typename T, typename Config>
+__device__ __forceinline__ void draw(const AttentionProblem& p) {
+  constexpr int kGroups = Config::kTileQ / 64;  // a word serves 64 queries
+  const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
+  const int lane = ptx::lane_id();
+  Ring<Config::kStages> ring;
+  Ring<2> keys;
+  Ring<Config::kKeptStages> drawn;
+  while (true) {
+    ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
+    const TileNote note = *shared.note(keys.stage);
+    if (note.last()) return;
+    ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
+    keys.advance();
+    const Drawer drawer(p, note.batch * p.heads + note.head, lane);
+    for (bool more = note.walks(); more;) {
+      ptx::mbarrier_wait(shared.q_full(ring.stage), ring.parity);
+      const int query = *shared.first_query(ring.stage), q0 = query & ~1;
+      ptx::mbarrier_arrive_warp(shared.q_empty(ring.stage));
+      ring.advance();
+      more = query % 2 == 0;
+      shared.kept().fill(drawn, Config::kTileK / 32 * kGroups, [&](int item) {
+        const int pair = item / kGroups, group = item % kGroups;  // two warps of 16 keys share the patches
+        uint32_t word[2];
+        drawer.transposed(q0 + 64 * group, note.tile * Config::kTileK + 32 * pair, word);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) shared.kept().word(drawn.stage, 2 * pair + i, group, lane) = word[i];
+      });
+    }
   }
 }
 
@@ -198,7 +160,9 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
 
   float dk[1][kDim / 8][4], dv[1][kDim / 8][4];
   Ring<Config::kStages> ring;
-  Ring<Config::kKeyStages> keys;
+  Ring<2> keys;
+  Ring<1> values;
+  Ring<Config::kKeptStages> drawn;
   Ring<2> written;  // dS^T of the last tile
   int buffer = 0;
   KeepTransposed<2, kN> keep;
@@ -221,12 +185,11 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   };
 
   while (true) {
-    ptx::mbarrier_wait(shared.kv_full(keys.stage), keys.parity);
+    ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
     const TileNote note = *shared.note(keys.stage);
     if (note.last()) break;
     const KeyTile<Config> tile(p, note.tile, note.batch);
     const int k0 = tile.k0 + row0, q_len = static_cast<int>(tile.s.q_len);
-    const Dropout dropout(p, note.batch * p.heads + note.head);
     float* dq_sum =
         dq_tile(p, g.dq_sum, tile.s, note.batch, note.head, query0, kDim) + (4 * dim0 / kDqDim + warp) * 16 * kDqDim;
     auto add_dq = [&](int q0) {  // after a fence
@@ -236,7 +199,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     auto await_queries = [&](const Ring<Config::kStages>& place) {
       ptx::mbarrier_wait(shared.q_full(place.stage), place.parity);
       const int word = *shared.first_query(place.stage);
-      if constexpr (kDropout) keep.draw(dropout, word & ~1, k0, lane);
+      if constexpr (kDropout) shared.kept().take(drawn, row0 / 16, lane.id, keep.word);
       return word;
     };
     clear(dk);
@@ -252,9 +215,10 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       multiply_dq(dq, last_q0 == q_len);
       ptx::wgmma_wait<0>();
       store_dq(dq);
+      ptx::mbarrier_wait(shared.v_full(), values.parity);
       ptx::mbarrier_wait(shared.dout_full(stage), ring.parity);
       ptx::wgmma_fence();
-      multiply_rows<T>(dp, shared.v(keys.stage), 64 * warpgroup, shared.dout(stage));
+      multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(stage));
       ptx::wgmma_commit();
       if (!tile.visible.all(q0, k0, 16) || q0 + kTileQ > q_len)
         mask_transposed(scores, tile.visible, q_len, q0, k0, lane);
@@ -266,6 +230,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
           scores[0][n][i] = ptx::exp2_approx(fmaf(scores[0][n][i], scale_log2, -(i % 2 ? shift.y : shift.x)));
       }
       ptx::wgmma_wait<0>();
+      const bool more = query % 2 == 0;
+      if (!more) ptx::mbarrier_arrive_warp(shared.v_empty());
 
       uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
 #pragma unroll
@@ -297,7 +263,6 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       buffer ^= 1;
       add_dq(last_q0);
       last_q0 = q0;
-      const bool more = query % 2 == 0;
       Ring<Config::kStages> next = ring;
       next.advance();
       if (more) query = await_queries(next);
@@ -308,7 +273,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       ring = next;
       if (!more) break;
     }
-    if (last_q0 != q_len) {
+    if (walks) {
+      values.advance();
       float dq[1][kDqDim / 8][4];
       multiply_dq(dq, false);
       ptx::wgmma_wait<0>();
@@ -319,7 +285,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     }
     const TileNote done = *shared.note(keys.stage);  // read again, so that it need not be kept
     const Sequence s = sequence_of(p, done.batch);
-    ptx::mbarrier_arrive_warp(shared.kv_empty(keys.stage));
+    ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
     keys.advance();
 
     if (done.slot() >= 0) {
@@ -345,12 +311,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attention_bwd_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g,
                        const __grid_constant__ BackwardMaps maps, const __grid_constant__ Schedule schedule) {
   ptx::let_next_kernel_begin();
-  if (threadIdx.x == 0) BackwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers();
+  if (threadIdx.x == 0) BackwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers(kDropout ? kDrawers : 0);
   ptx::await_previous_kernel();
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::lower_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<T, Config>(p, g, maps, schedule);
+    if (threadIdx.x < 32)
+      produce<T, Config>(p, g, maps, schedule);
+    else if constexpr (kDropout)
+      draw<T, Config>(p);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
     consume<T, Config, kDropout>(p, g);

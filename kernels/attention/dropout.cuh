@@ -15,7 +15,9 @@ struct Threshold {
   uint32_t addend, high;
 
   __device__ __forceinline__ explicit Threshold(uint32_t threshold)
-      : addend((0x80u - (threshold & 0x7Fu)) * 0x01010101u), high(threshold < 0x80u ? ~0u : 0u) {}
+      : addend((0x80u - (threshold & 0x7Fu)) * 0x01010101u), high(threshold < 0x80u ? ~0u : 0u) {
+    ptx::forget(high);  // or the majority is no single LOP3
+  }
 
   __device__ __forceinline__ uint32_t kept(uint32_t bytes) const {
     const uint32_t carry = (bytes & 0x7F7F7F7Fu) + addend;
@@ -64,38 +66,63 @@ struct KeepBits {
       }
     }
   }
+};
 
-  // The same for fragments that were rounded to 16 bits, as A operands: half the work.
+// The same for fragments of 16 queries that were rounded to 16 bits, as A operands: half the work. The bits are packed:
+// of a fragment n, that of element i is bit 7 - n % 8 of byte i of word n / 8.
+template <int kN>
+struct KeepPacked {
+  static_assert(kN % 8 == 0);
+  static constexpr int kWords = kN / 8;
+  uint32_t word[kWords];
+
+  // The share of a word that patch number `patch` along the keys has.
+  static __device__ __forceinline__ uint32_t share(const Threshold& threshold, const Philox& bytes, int patch) {
+    uint32_t packed = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) packed |= (threshold.kept(bytes.word[i]) & 0x80808080u) >> i;
+    return packed >> (4 * (patch % 2));
+  }
+
   __device__ __forceinline__ void drop(uint32_t (&a)[kN / 2][4]) const {
-    static_assert(kM == 1);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      a[n / 2][2 * (n % 2)] &= ptx::byte_signs<0x9988>(word[0][n]);
-      a[n / 2][2 * (n % 2) + 1] &= ptx::byte_signs<0xBBAA>(word[0][n]);
+      const uint32_t signs = word[n / 8] << n % 8;
+      a[n / 2][2 * (n % 2)] &= ptx::byte_signs<0x9988>(signs);
+      a[n / 2][2 * (n % 2) + 1] &= ptx::byte_signs<0xBBAA>(signs);
     }
   }
 };
 
-// The same for kKeys x kQueries fragments of a warp's transposed scores: rows are keys k0 .., columns queries q0 ..
-// (multiples of 16). Of a patch a lane draws its natural share; the halves of its bits that belong to even and to odd
-// keys are two elements of an 8x8 matrix of 16-bit words, and one movmatrix hands every lane the words of its
-// transposed position.
+// The bits of a 16 x 32 patch for transposed scores, whose rows are its keys: byte i has those of element i of the
+// patch's key fragments 0 .. 3 in bits 7 .. 4. A lane draws its natural share; the halves of its bits that belong to
+// even and to odd keys are two elements of an 8x8 matrix of 16-bit words, and one movmatrix hands every lane the words
+// of its transposed position.
+__device__ __forceinline__ uint32_t draw_transposed(const Dropout& dropout, int row_patch, int col_patch, int lane) {
+  const Philox bytes = dropout_patch(dropout.key, row_patch, col_patch, lane);
+  uint32_t gathered = 0;
+#pragma unroll
+  for (int keys = 0; keys < 4; ++keys) gathered |= (dropout.threshold.kept(bytes.word[keys]) & 0x80808080u) >> keys;
+  return ptx::movmatrix_transposed(__byte_perm(gathered, 0, 0x3120));
+}
+
+// What is kept of kKeys x kQueries fragments of a warp's transposed scores: rows are keys k0 .., columns queries q0 ..
+// (multiples of 16).
 template <int kKeys, int kQueries>
 struct KeepTransposed {
   static_assert(kQueries % 2 == 0 && (kKeys == 2 || kKeys == 4));  // a patch has four key fragments
-  static constexpr int kPatches = kQueries / 2, kPerWord = 8 / kKeys;
-  uint32_t word[(kPatches + kPerWord - 1) / kPerWord];
+  static constexpr int kPatches = kQueries / 2, kPerWord = 8 / kKeys, kWords = (kPatches + kPerWord - 1) / kPerWord;
+  uint32_t word[kWords];
+
+  // The share of a patch, number `patch` along the queries, that belongs to the keys from fragment `first` on.
+  static __device__ __forceinline__ uint32_t share(uint32_t bits, int first, int patch) {
+    return ((bits << first) & (kKeys == 2 ? 0xC0C0C0C0u : 0xF0F0F0F0u)) >> (kKeys * (patch % kPerWord));
+  }
 
   __device__ __forceinline__ void draw(const Dropout& dropout, int q0, int k0, const Lane& lane) {
-    const int first = k0 / 8 % 4;  // of the patch's key fragments
 #pragma unroll
     for (int patch = 0; patch < kPatches; ++patch) {
-      const Philox bytes = dropout_patch(dropout.key, q0 / 16 + patch, k0 / 32, lane.id);
-      uint32_t gathered = 0;  // byte i: element i of key fragments 0 .. 3 in bits 7 .. 4
-#pragma unroll
-      for (int keys = 0; keys < 4; ++keys) gathered |= (dropout.threshold.kept(bytes.word[keys]) & 0x80808080u) >> keys;
-      const uint32_t bits = ptx::movmatrix_transposed(__byte_perm(gathered, 0, 0x3120)) << first;
-      const uint32_t own = (bits & (kKeys == 2 ? 0xC0C0C0C0u : 0xF0F0F0F0u)) >> (kKeys * (patch % kPerWord));
+      const uint32_t own = share(draw_transposed(dropout, q0 / 16 + patch, k0 / 32, lane.id), k0 / 8 % 4, patch);
       word[patch / kPerWord] = patch % kPerWord == 0 ? own : word[patch / kPerWord] | own;
     }
   }

@@ -9,6 +9,9 @@
 #include <cstdint>
 
 #include "sequence.h"
+#ifdef __CUDACC__
+#include "ampere/ptx.cuh"
+#endif
 
 namespace flash_models {
 
@@ -16,7 +19,13 @@ struct Philox {
   uint32_t word[4];
 };
 
-FM_HOST_DEVICE uint32_t mul_hi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((uint64_t{a} * b) >> 32); }
+FM_HOST_DEVICE uint64_t multiply_wide(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  return ptx::multiply_wide(a, b);
+#else
+  return uint64_t{a} * b;
+#endif
+}
 
 FM_HOST_DEVICE Philox philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
@@ -24,12 +33,11 @@ FM_HOST_DEVICE Philox philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c
 #pragma unroll
 #endif
   for (int round = 0; round < 7; ++round) {
-    const uint32_t hi0 = mul_hi(0xD2511F53u, c0), lo0 = 0xD2511F53u * c0;
-    const uint32_t hi1 = mul_hi(0xCD9E8D57u, c2), lo1 = 0xCD9E8D57u * c2;
-    c0 = hi1 ^ c1 ^ key0;
-    c1 = lo1;
-    c2 = hi0 ^ c3 ^ key1;
-    c3 = lo0;
+    const uint64_t product0 = multiply_wide(0xD2511F53u, c0), product1 = multiply_wide(0xCD9E8D57u, c2);
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
+    c1 = static_cast<uint32_t>(product1);
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
+    c3 = static_cast<uint32_t>(product0);
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }

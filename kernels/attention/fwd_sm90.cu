@@ -4,7 +4,8 @@
 // the warp specialisation and the two overlaps of FlashAttention-3 (arXiv 2407.08608, Sections 3.1 and 3.2).
 //
 // A CTA owns a tile of 64 * kWarpgroups queries of one head at a time. One warp is the producer: it keeps the rings of
-// K and V tiles full. Each of kWarpgroups consumers owns 64 rows and all keys:
+// K and V tiles full; with dropout three others draw (draw.cuh). Each of kWarpgroups consumers owns 64 rows and all
+// keys:
 //
 //   consumer 1   S1 = Q K1^T, O += P0 V0 | softmax S1             | S2 = Q K2^T, O += P1 V1 | softmax S2 ...
 //   consumer 2   softmax S0              | S1 = Q K1^T, O += P0 V0 | softmax S1             | S2 = ...
@@ -13,14 +14,14 @@
 //
 //   shared memory   Q [2][kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | barriers
 //   registers       scores 64 x kTileK, output 64 x kDim, fp32, and probabilities 64 x kTileK, 16 bits, per warpgroup
-//   barriers        full: the copy engine has written a tile. empty: every consumer warp has read it.
+//   barriers        full: the copy engine has written a tile. empty: every warp that reads it has.
 //
 // The producer alone walks: it tells the consumers with Q which rows these are, and with every K where it begins. The
 // first S of a tile is issued with the last P V of the one before.
 #include <algorithm>
 
 #include "dispatch.cuh"
-#include "dropout.cuh"
+#include "draw.cuh"
 #include "hopper/tile.cuh"
 #include "maps.h"
 #include "partial.cuh"
@@ -51,42 +52,47 @@ struct ForwardShared {
   static constexpr int kStages = Config::kStages;
   using Query = PanelTile<T, Config::kTileQ, Config::kDim>;
   using Key = PanelTile<T, Config::kTileK, Config::kDim>;
-  static constexpr int kTiles = 2 * Query::kBytes + 2 * kStages * Key::kBytes,
-                       kWords = (kTiles + 8 * (5 + 4 * kStages) + 15) / 16 * 16;
-  static constexpr int kBytes = kWords + 2 * sizeof(TileNote) + 4 * kStages;
+  using Kept = KeptBits<4 * Config::kWarpgroups, Config::kTileK / 64, 2>;
+  static constexpr int kKept = 2 * Query::kBytes + 2 * kStages * Key::kBytes, kBarriers = kKept + Kept::kBytes;
+  static constexpr int kNotes = (kBarriers + 8 * (5 + 4 * kStages + Kept::kBarriers) + 15) / 16 * 16;
+  static constexpr int kBytes = kNotes + 2 * sizeof(TileNote) + 4 * kStages;
   uint32_t base;
 
   __device__ __forceinline__ Query q(int stage) const { return {base + stage * Query::kBytes}; }
   __device__ __forceinline__ Key k(int stage) const { return {base + 2 * Query::kBytes + stage * Key::kBytes}; }
   __device__ __forceinline__ Key v(int stage) const { return k(kStages + stage); }
 
-  __device__ __forceinline__ uint32_t raw() const { return base + kTiles; }
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return base + kTiles + 8 + 8 * stage; }
+  __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
+  __device__ __forceinline__ uint32_t q_full(int stage) const { return base + kBarriers + 8 + 8 * stage; }
   __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(2 + stage); }
   __device__ __forceinline__ uint32_t k_full(int stage) const { return q_full(4 + stage); }
   __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kStages + stage); }
   __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kStages + stage); }
   __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kStages + stage); }
+  __device__ __forceinline__ Kept kept() const { return {base + kKept, k_full(4 * kStages)}; }
 
   __device__ __forceinline__ TileNote* note(int stage) const {
-    return static_cast<TileNote*>(__cvta_shared_to_generic(base + kWords)) + stage;
+    return static_cast<TileNote*>(__cvta_shared_to_generic(base + kNotes)) + stage;
   }
   // The first key of a tile, plus 1 if it is the last one that these queries visit.
   __device__ __forceinline__ int* first_key(int stage) const { return reinterpret_cast<int*>(note(2)) + stage; }
 
-  __device__ __forceinline__ void init_barriers() const {
-    constexpr int kReaders = 4 * Config::kWarpgroups * ptx::kWarpArrivals;
+  // drawers: warps beside the consumers' that read the notes of Q and K.
+  __device__ __forceinline__ void init_barriers(int drawers) const {
+    constexpr int kConsumers = 4 * Config::kWarpgroups;
+    const int note_readers = (kConsumers + drawers) * ptx::kWarpArrivals;
     ptx::mbarrier_init(raw(), 1);
     for (int stage = 0; stage < 2; ++stage) {
       ptx::mbarrier_init(q_full(stage), 1);
-      ptx::mbarrier_init(q_empty(stage), kReaders);
+      ptx::mbarrier_init(q_empty(stage), note_readers);
     }
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(k_full(stage), 1);
       ptx::mbarrier_init(v_full(stage), 1);
-      ptx::mbarrier_init(k_empty(stage), kReaders);
-      ptx::mbarrier_init(v_empty(stage), kReaders);
+      ptx::mbarrier_init(k_empty(stage), note_readers);
+      ptx::mbarrier_init(v_empty(stage), kConsumers * ptx::kWarpArrivals);
     }
+    kept().init_barriers();
     ptx::mbarrier_init_fence();
   }
 };
@@ -178,6 +184,35 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
   }
 }
 
+template <typename T, typename Config>
+__device__ __forceinline__ void draw(const AttentionProblem& p) {
+  const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
+  const int lane = ptx::lane_id();
+  Ring<2> queries, drawn;
+  Ring<Config::kStages> keys;
+  while (true) {
+    ptx::mbarrier_wait(shared.q_full(queries.stage), queries.parity);
+    const TileNote note = *shared.note(queries.stage);
+    if (note.last()) return;
+    ptx::mbarrier_arrive_warp(shared.q_empty(queries.stage));
+    queries.advance();
+    const Drawer drawer(p, note.batch * p.heads + note.head, lane);
+    for (bool more = note.walks(); more;) {
+      ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
+      const int word = *shared.first_key(keys.stage), k0 = word & ~1;
+      ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
+      keys.advance();
+      more = word % 2 == 0;
+      shared.kept().fill(drawn, 4 * Config::kWarpgroups, [&](int warp) {
+        const int q0 = note.tile * Config::kTileQ + 16 * warp;
+#pragma unroll 1
+        for (int i = 0; i < Config::kTileK / 64; ++i)
+          shared.kept().word(drawn.stage, warp, i, lane) = drawer.packed(q0, k0 + 64 * i);
+      });
+    }
+  }
+}
+
 template <typename T, typename Config, bool kDropout>
 __device__ __forceinline__ void consume(const AttentionProblem& p) {
   constexpr int kDim = Config::kDim, kTileK = Config::kTileK;
@@ -187,6 +222,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
   const float scale_log2 = p.scale * kLog2e;
   Ring<2> queries;
   Ring<Config::kStages> keys, values;
+  Ring<2> drawn;
+  KeepPacked<kTileK / 8> keep;
   float scores[1][kTileK / 8][4], out[1][kDim / 8][4], factor[1][2];
   uint32_t probabilities[kTileK / 16][4];
   if (warpgroup == Config::kWarpgroups - 1) Turns<Config::kWarpgroups>::pass(warpgroup);
@@ -218,8 +255,6 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
     const QueryTile<Config> tile(p, note.tile, note.batch);
     const int q0 = tile.q0 + row0, head = note.head, slot = note.slot();
     OnlineSoftmax<1> softmax;
-    KeepBits<1, kTileK / 8> keep;
-    const Dropout dropout(p, note.batch * p.heads + head);
     clear(out);
 
     auto mask = [&](int k0) {
@@ -233,12 +268,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
       while (!softmax.template exponentiate<T>(scores, probabilities, scale_log2)) move();
       if constexpr (kDropout) keep.drop(probabilities);
     };
-    auto draw = [&](int k0) {
-      if constexpr (kDropout) {
-        keep.draw(dropout, q0, k0, lane);
-#pragma unroll
-        for (uint32_t& word : keep.word[0]) ptx::compute_now(word);
-      }
+    auto take_keep = [&] {
+      if constexpr (kDropout) shared.kept().take(drawn, row0 / 16, lane.id, keep.word);
     };
     auto release_k = [&] {
       ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
@@ -248,7 +279,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
     if (note.walks()) {
       int k0 = *shared.first_key(keys.stage);
       release_k();
-      draw(k0 & ~1);
+      take_keep();
       mask(k0 & ~1);
       move();
       exponentiate();
@@ -261,7 +292,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
         multiply_pv();
         Turns<Config::kWarpgroups>::pass(warpgroup);
         k0 = *shared.first_key(keys.stage);
-        draw(k0 & ~1);
+        take_keep();
         ptx::wgmma_wait<1>();
         release_k();
         mask(k0 & ~1);
@@ -309,11 +340,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attention_fwd_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardMaps maps,
                        const __grid_constant__ Schedule schedule) {
   ptx::let_next_kernel_begin();
-  if (threadIdx.x == 0) ForwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers();
+  if (threadIdx.x == 0) ForwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers(kDropout ? kDrawers : 0);
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::lower_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32) produce<T, Config>(p, maps, schedule);
+    if (threadIdx.x < 32)
+      produce<T, Config>(p, maps, schedule);
+    else if constexpr (kDropout)
+      draw<T, Config>(p);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
     consume<T, Config, kDropout>(p);
@@ -342,10 +376,9 @@ void launch_forward(const AttentionProblem& p) {
 
 void attention_fwd_sm90(const AttentionProblem& p) {
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    // Three consumers hide each other's waits best, but leave a thread 160 registers: too few for more head dimensions
-    // or dropout. Their tiles of 192 rows must not cut the sequence badly, and they cut short ones along a diagonal
-    // badly.
-    constexpr bool kThreeFit = kDim <= 64 && !kDropout;
+    // Three consumers hide each other's waits best, but leave a thread 160 registers: too few for more head dimensions.
+    // Their tiles of 192 rows must not cut the sequence badly, and they cut short ones along a diagonal badly.
+    constexpr bool kThreeFit = kDim <= 64;
     const int64_t rows_of_three = 192 * ceil_div(p.seqlen_q, 192), rows_of_two = 128 * ceil_div(p.seqlen_q, 128);
     const bool three = p.causal ? p.seqlen_q >= 4096 : 7 * rows_of_three <= 8 * rows_of_two;
     if (p.block_size == 64) {  // a query tile must lie within one block row

@@ -39,9 +39,6 @@ __device__ __forceinline__ int lane_id() {
   return lane;
 }
 
-// Has x computed here, before what waits next, and not where it is used.
-__device__ __forceinline__ void compute_now(uint32_t& x) { asm volatile("" : "+r"(x)); }
-
 // A warp's arrivals at a barrier: one, once all its lanes are here. compute-sanitizer's racecheck orders only the lanes
 // that arrive themselves, so for it (`make sanitize`) all do.
 #ifdef FM_EVERY_LANE_ARRIVES

@@ -80,8 +80,6 @@ inline void mbarrier_arrive(uint32_t address) {
   end_phase(barrier);
 }
 
-inline void compute_now(uint32_t&) {}
-
 inline int lane_id() { return emulation::thread % 32; }
 
 constexpr int kWarpArrivals = 1;

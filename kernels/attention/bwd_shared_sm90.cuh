@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What one CTA of bwd_sm90.cu holds: tiles, registers, shared memory and barriers.
+#pragma once
+
+#include "draw.cuh"
+#include "hopper/tile.cuh"
+#include "tickets.cuh"
+
+namespace flash_models {
+
+template <int kDim_, int kWarpgroups_, int kTileQ_>
+struct BackwardConfig {
+  static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileQ = kTileQ_, kTileK = 64 * kWarpgroups;
+  static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kKeptStages = kDim <= 64 ? 2 : 1;
+  static constexpr int kCtasPerSm = kWarpgroups == 1 ? 2 : 1;
+  // A warpgroup's share of dQ: 64 of a tile's queries, or, where a tile has only 64, some of the columns.
+  static constexpr int kDqDim = kTileQ == kTileK ? kDim : kDim / kWarpgroups;
+  // What setmaxnreg hands over must be what the launch got: 168 registers a thread, 128 where two CTAs share an SM.
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 24, kConsumerRegisters = 232;
+};
+
+//   K [2] | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | dQ of each warp
+//   [16 x kDqDim] | shift | delta [kStages][kTileQ] | bits of dropout | barriers | notes
+//
+// The next tile's K comes during this one, its V once the last dP^T of this one has been computed.
+template <typename T, typename Config>
+struct BackwardShared {
+  static constexpr int kStages = Config::kStages, kTileQ = Config::kTileQ, kWarps = 4 * Config::kWarpgroups;
+  using Key = PanelTile<T, Config::kTileK, Config::kDim>;
+  using Query = PanelTile<T, kTileQ, Config::kDim>;
+  using Scores = PanelTile<T, Config::kTileK, kTileQ>;
+  using Kept = KeptBits<kWarps, kTileQ / 64, Config::kKeptStages>;
+  static constexpr int kQueries = 3 * Key::kBytes, kScores = kQueries + 2 * kStages * Query::kBytes;
+  static constexpr int kDq = kScores + 2 * Scores::kBytes, kWarpDqBytes = 16 * Config::kDqDim * 4;
+  static constexpr int kRows = kDq + kWarps * kWarpDqBytes, kKept = kRows + 2 * kStages * kTileQ * 4;
+  static constexpr int kBarriers = kKept + Kept::kBytes;
+  static constexpr int kNotes = (kBarriers + 8 * (9 + 4 * kStages + Kept::kBarriers) + 15) / 16 * 16;
+  static constexpr int kBytes = kNotes + 2 * sizeof(TileNote) + 4 * kStages;
+  uint32_t base;
+
+  __device__ __forceinline__ Key k(int stage) const { return {base + stage * Key::kBytes}; }
+  __device__ __forceinline__ Key v() const { return k(2); }
+  __device__ __forceinline__ Query q(int stage) const { return {base + kQueries + stage * Query::kBytes}; }
+  __device__ __forceinline__ Query dout(int stage) const { return q(kStages + stage); }
+  __device__ __forceinline__ Scores ds(int buffer) const { return {base + kScores + buffer * Scores::kBytes}; }
+  __device__ __forceinline__ uint32_t dq(int warp) const { return base + kDq + warp * kWarpDqBytes; }
+  __device__ __forceinline__ uint32_t shift(int stage) const { return base + kRows + stage * kTileQ * 4; }
+  __device__ __forceinline__ uint32_t delta(int stage) const { return shift(kStages + stage); }
+
+  __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
+  __device__ __forceinline__ uint32_t ds_full(int buffer) const { return raw() + 8 + 8 * buffer; }
+  __device__ __forceinline__ uint32_t k_full(int stage) const { return raw() + 24 + 8 * stage; }
+  __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(2 + stage); }
+  __device__ __forceinline__ uint32_t v_full() const { return k_full(4); }
+  __device__ __forceinline__ uint32_t v_empty() const { return k_full(5); }
+  __device__ __forceinline__ uint32_t q_full(int stage) const { return k_full(6 + stage); }
+  __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kStages + stage); }
+  __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_full(2 * kStages + stage); }
+  __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kStages + stage); }
+  __device__ __forceinline__ Kept kept() const { return {base + kKept, q_full(4 * kStages)}; }
+
+  __device__ __forceinline__ TileNote* note(int stage) const {
+    return static_cast<TileNote*>(__cvta_shared_to_generic(base + kNotes)) + stage;
+  }
+  // The first query of a tile, plus 1 if it is the last one that these keys visit.
+  __device__ __forceinline__ int* first_query(int stage) const { return reinterpret_cast<int*>(note(2)) + stage; }
+
+  // drawers: warps beside the consumers' that read the notes of K and Q.
+  __device__ __forceinline__ void init_barriers(int drawers) const {
+    constexpr int kReaders = kWarps * ptx::kWarpArrivals;
+    const int note_readers = kReaders + drawers * ptx::kWarpArrivals;
+    ptx::mbarrier_init(raw(), 1);
+    for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), kReaders);
+    for (int stage = 0; stage < 2; ++stage) {
+      ptx::mbarrier_init(k_full(stage), 1);
+      ptx::mbarrier_init(k_empty(stage), note_readers);
+    }
+    ptx::mbarrier_init(v_full(), 1);
+    ptx::mbarrier_init(v_empty(), kReaders);
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(q_full(stage), 2);  // Q; shift and delta
+      ptx::mbarrier_init(q_empty(stage), note_readers);
+      ptx::mbarrier_init(dout_full(stage), 1);
+      ptx::mbarrier_init(dout_empty(stage), kReaders);
+    }
+    kept().init_barriers();
+    ptx::mbarrier_init_fence();
+  }
+};
+
+}  // namespace flash_models
