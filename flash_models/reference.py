@@ -17,7 +17,7 @@ _LOW_32_BITS = 0xFFFFFFFF
 
 
 def dropout_threshold(dropout_p):
-    """Number of the 256 values of a random byte that drop an entry, 0 to 255: the quantised `dropout_p`."""
+    """Number of the 256 values of an entry's number that drop it, 0 to 255: the quantised `dropout_p`."""
     return min(max(int(256 * dropout_p + 0.5), 0), 255)
 
 
@@ -45,24 +45,28 @@ def dropout_mask(rng_state, dropout_p, batch, heads, seqlen_q, seqlen_k, *, firs
     """Entries of the attention matrix that dropout keeps: bool (batch, heads, seqlen_q, seqlen_k).
 
     A function of `rng_state` (int64 (2,): seed, offset) and of the entry's sequence, head, row and column alone.
-    One Philox call serves the 16 entries that one lane of a warp holds of a 16 x 32 tile (kernels/attention/dropout.h):
-    rows r, r + 8 of the tile and columns 2c, 2c + 1 of each of its four groups of 8. `first_sequence` is the number
-    of the first sequence of the batch.
+    Two Philox calls serve the 32 entries that one lane of a warp holds of a 32 x 32 tile (kernels/attention/dropout.h):
+    rows r, r + 8, r + 16, r + 24 of the tile and columns 2c, 2c + 1 of each of its four groups of 8. Each of their 8
+    words has one bit of every entry's number, the highest first. `first_sequence` is the number of the first sequence
+    of the batch.
     """
     device = rng_state.device
 
     def axis(size, dim, step=1):
         return (torch.arange(size, device=device) * step).view([-1 if d == dim else 1 for d in range(4)])
 
-    row_tiles, col_tiles = -(-seqlen_q // 16), -(-seqlen_k // 32)
+    row_tiles, col_tiles = -(-seqlen_q // 32), -(-seqlen_k // 32)
     sequence_head = axis(batch * heads, 0) + first_sequence * heads
-    counter = (axis(col_tiles, 2, 32) + axis(32, 3), axis(row_tiles, 1), sequence_head, rng_state[1] & _LOW_32_BITS)
-    words = _philox(counter, (rng_state[0] & _LOW_32_BITS, (rng_state[0] >> 32) & _LOW_32_BITS))
-    words = torch.stack(words, -1)  # (batch * heads, row_tiles, col_tiles, 32 lanes, 4 words)
-    drawn = (words[..., None] >> torch.tensor([0, 8, 16, 24], device=device)) & 0xFF
-    # lane = (row % 8, column pair), word = column group, byte of the word = (row half, column parity)
-    drawn = drawn.view(batch * heads, row_tiles, col_tiles, 8, 4, 4, 2, 2).permute(0, 1, 6, 3, 2, 5, 4, 7)
-    keep = drawn.reshape(batch, heads, row_tiles * 16, col_tiles * 32) >= dropout_threshold(dropout_p)
+    key = rng_state[0] & _LOW_32_BITS, (rng_state[0] >> 32) & _LOW_32_BITS
+    drawn = 0  # (batch * heads, row_tiles, col_tiles, 32 lanes, 32 entries)
+    for call in range(2):
+        lane = axis(col_tiles, 2, 64) + axis(32, 3) + 32 * call
+        for word in _philox((lane, axis(row_tiles, 1), sequence_head, rng_state[1] & _LOW_32_BITS), key):
+            drawn = 2 * drawn + ((word[..., None] >> torch.arange(32, device=device)) & 1)
+    # lane = (row % 8, column pair); entry = byte (row half, column parity), bits from the top (row // 16, column group)
+    drawn = drawn.view(batch * heads, row_tiles, col_tiles, 8, 4, 2, 2, 8).flip(-1).unflatten(-1, (2, 4))
+    drawn = drawn.permute(0, 1, 7, 5, 3, 2, 8, 4, 6)
+    keep = drawn.reshape(batch, heads, row_tiles * 32, col_tiles * 32) >= dropout_threshold(dropout_p)
     return keep[:, :, :seqlen_q, :seqlen_k]
 
 

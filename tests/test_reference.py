@@ -65,15 +65,21 @@ def philox_by_hand(counter, key):
 
 
 def test_dropout_mask_by_hand(device):
-    batch, heads, seqlen_q, seqlen_k, offset = 2, 2, 19, 35, 2**40 + 7
+    batch, heads, seqlen_q, seqlen_k, offset = 2, 2, 35, 41, 2**40 + 7
     mask = dropout_mask(torch.tensor([SEED, offset], device=device), 0.3, batch, heads, seqlen_q, seqlen_k)
     assert mask.shape == (batch, heads, seqlen_q, seqlen_k)
     for b, h, row, col in torch.cartesian_prod(*(torch.arange(n) for n in mask.shape)).tolist():
-        counter = ((col // 32) * 32 + (row % 8) * 4 + (col % 8) // 2, row // 16, b * heads + h, offset & 0xFFFFFFFF)
-        words = philox_by_hand(counter, (SEED & 0xFFFFFFFF, (SEED >> 32) & 0xFFFFFFFF))
-        drawn = b"".join(word.to_bytes(4, "little") for word in words)
-        byte = drawn[((col % 32) // 8) * 4 + ((row % 16) // 8) * 2 + col % 2]
-        assert mask[b, h, row, col].item() == (byte >= 77), (b, h, row, col)  # round(256 * 0.3)
+        lane = (col // 32) * 64 + (row % 8) * 4 + (col % 8) // 2
+        words = [
+            word
+            for counter in (lane, lane + 32)
+            for word in philox_by_hand(
+                (counter, row // 32, b * heads + h, offset & 0xFFFFFFFF), (SEED & 0xFFFFFFFF, (SEED >> 32) & 0xFFFFFFFF)
+            )
+        ]
+        bit = 8 * ((row % 16) // 8 * 2 + col % 2) + 7 - (row % 32 // 16 * 4 + col % 32 // 8)
+        number = sum((word >> bit & 1) << (7 - place) for place, word in enumerate(words))
+        assert mask[b, h, row, col].item() == (number >= 77), (b, h, row, col)  # round(256 * 0.3)
 
 
 def test_dropout_mask_is_fair_and_independent(device):

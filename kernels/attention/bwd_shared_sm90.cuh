@@ -9,8 +9,9 @@
 
 namespace flash_models {
 
-template <int kDim_, int kWarpgroups_, int kTileQ_>
+template <int kDim_, int kWarpgroups_, int kTileQ_, bool kDropout_>
 struct BackwardConfig {
+  static constexpr bool kDropout = kDropout_;
   static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileQ = kTileQ_, kTileK = 64 * kWarpgroups;
   static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeptStages = kDim <= 64 ? 2 : 1;
@@ -18,7 +19,8 @@ struct BackwardConfig {
   // A warpgroup's share of dQ: 64 of a tile's queries, or, where a tile has only 64, some of the columns.
   static constexpr int kDqDim = kTileQ == kTileK ? kDim : kDim / kWarpgroups;
   // What setmaxnreg hands over must be what the launch got: 168 registers a thread, 128 where two CTAs share an SM.
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 24, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 && !kDropout ? 40 : 56;
+  static constexpr int kConsumerRegisters = kWarpgroups == 1 ? 200 : kDropout ? 224 : 232;
 };
 
 //   K [2] | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | dQ of each warp
@@ -31,7 +33,7 @@ struct BackwardShared {
   using Key = PanelTile<T, Config::kTileK, Config::kDim>;
   using Query = PanelTile<T, kTileQ, Config::kDim>;
   using Scores = PanelTile<T, Config::kTileK, kTileQ>;
-  using Kept = KeptBits<kWarps, kTileQ / 64, Config::kKeptStages>;
+  using Kept = KeptBits<kWarps, Config::kTileK / 32, kTileQ / 32, Config::kKeptStages>;
   static constexpr int kQueries = 3 * Key::kBytes, kScores = kQueries + 2 * kStages * Query::kBytes;
   static constexpr int kDq = kScores + 2 * Scores::kBytes, kWarpDqBytes = 16 * Config::kDqDim * 4;
   static constexpr int kRows = kDq + kWarps * kWarpDqBytes, kKept = kRows + 2 * kStages * kTileQ * 4;
@@ -67,21 +69,20 @@ struct BackwardShared {
   // The first query of a tile, plus 1 if it is the last one that these keys visit.
   __device__ __forceinline__ int* first_query(int stage) const { return reinterpret_cast<int*>(note(2)) + stage; }
 
-  // drawers: warps beside the consumers' that read the notes of K and Q.
-  __device__ __forceinline__ void init_barriers(int drawers) const {
+  __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = kWarps * ptx::kWarpArrivals;
-    const int note_readers = kReaders + drawers * ptx::kWarpArrivals;
+    constexpr int kNoteReaders = kReaders + (Config::kDropout ? kDrawers * ptx::kWarpArrivals : 0);  // of K's and Q's
     ptx::mbarrier_init(raw(), 1);
     for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), kReaders);
     for (int stage = 0; stage < 2; ++stage) {
       ptx::mbarrier_init(k_full(stage), 1);
-      ptx::mbarrier_init(k_empty(stage), note_readers);
+      ptx::mbarrier_init(k_empty(stage), kNoteReaders);
     }
     ptx::mbarrier_init(v_full(), 1);
     ptx::mbarrier_init(v_empty(), kReaders);
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(q_full(stage), 2);  // Q; shift and delta
-      ptx::mbarrier_init(q_empty(stage), note_readers);
+      ptx::mbarrier_init(q_empty(stage), kNoteReaders);
       ptx::mbarrier_init(dout_full(stage), 1);
       ptx::mbarrier_init(dout_empty(stage), kReaders);
     }

@@ -52,7 +52,7 @@ __device__ __forceinline__ void probabilities_and_gradients(float (&s)[2][4][4],
                                                             const Dropout& dropout, const Scores& tile_p,
                                                             const Scores& tile_ds, const Lane& lane) {
   const float scale_log2 = p.scale * kLog2e;
-  KeepTransposed<4, 4> keep;
+  KeepTransposed<4> keep;
   if constexpr (kDropout) keep.draw(dropout, q0 + query0, k0 + key0, lane);
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
   if (position < walk.count) load_queries(position, stage);
   ptx::cp_async_commit();
 
-  const Dropout dropout(p, batch * p.heads + head);
+  const Dropout dropout(p.rng_state, batch * p.heads + head, p.dropout_threshold);
   float dk[2][kDim / 16][4], dv[2][kDim / 16][4];
   clear(dk);
   clear(dv);

@@ -115,7 +115,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
 
 template <typename T, typename Config>
 __device__ __forceinline__ void draw(const AttentionProblem& p) {
-  constexpr int kGroups = Config::kTileQ / 64;  // a word serves 64 queries
+  constexpr int kGroups = Config::kTileK / 32, kWords = Config::kTileQ / 32;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
   const int lane = ptx::lane_id();
   Ring<Config::kStages> ring;
@@ -127,26 +127,28 @@ __device__ __forceinline__ void draw(const AttentionProblem& p) {
     if (note.last()) return;
     ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
     keys.advance();
-    const Drawer drawer(p, note.batch * p.heads + note.head, lane);
+    const Dropout dropout(p.rng_state, note.batch * p.heads + note.head, p.dropout_threshold);
     for (bool more = note.walks(); more;) {
       ptx::mbarrier_wait(shared.q_full(ring.stage), ring.parity);
-      const int query = *shared.first_query(ring.stage), q0 = query & ~1;
+      const int first_query = *shared.first_query(ring.stage);
       ptx::mbarrier_arrive_warp(shared.q_empty(ring.stage));
       ring.advance();
-      more = query % 2 == 0;
-      shared.kept().fill(drawn, Config::kTileK / 32 * kGroups, [&](int item) {
-        const int pair = item / kGroups, group = item % kGroups;  // two warps of 16 keys share the patches
-        uint32_t word[2];
-        drawer.transposed(q0 + 64 * group, note.tile * Config::kTileK + 32 * pair, word);
+      more = first_query % 2 == 0;
+      shared.kept().fill(drawn, kGroups * kWords / 2, [&](int item) {  // 64 queries x 32 keys
+        const int group = item % kGroups, first = item / kGroups * 2;
+        const int row_patch = first_query / 32 + first, col_patch = note.tile * kGroups + group;
+        const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
+                                     dropout.kept(row_patch + 1, col_patch, lane)};
 #pragma unroll
-        for (int i = 0; i < 2; ++i) shared.kept().word(drawn.stage, 2 * pair + i, group, lane) = word[i];
+        for (int i = 0; i < 2; ++i) shared.kept().word(drawn.stage, group, first + i, lane) = transposed(patches[i]);
       });
     }
   }
 }
 
-template <typename T, typename Config, bool kDropout>
+template <typename T, typename Config>
 __device__ __forceinline__ void consume(const AttentionProblem& p, const AttentionGradients& g) {
+  constexpr bool kDropout = Config::kDropout;
   constexpr int kDim = Config::kDim, kTileQ = Config::kTileQ, kDqDim = Config::kDqDim, kN = kTileQ / 8;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
   const Lane lane{ptx::lane_id()};
@@ -165,7 +167,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   Ring<Config::kKeptStages> drawn;
   Ring<2> written;  // dS^T of the last tile
   int buffer = 0;
-  KeepTransposed<2, kN> keep;
+  KeepTransposed<kN> keep;
 
   auto multiply_dq = [&](auto& dq, bool first) {
     if (!first) ptx::mbarrier_wait(shared.ds_full(written.stage), written.parity);
@@ -199,7 +201,11 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     auto await_queries = [&](const Ring<Config::kStages>& place) {
       ptx::mbarrier_wait(shared.q_full(place.stage), place.parity);
       const int word = *shared.first_query(place.stage);
-      if constexpr (kDropout) shared.kept().take(drawn, row0 / 16, lane.id, keep.word);
+      if constexpr (kDropout) {
+        shared.kept().take(drawn, row0 / 32, lane.id, keep.word);
+#pragma unroll
+        for (uint32_t& bits : keep.word) bits <<= row0 % 32 / 8;  // this warp's two key fragments of four
+      }
       return word;
     };
     clear(dk);
@@ -306,27 +312,27 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   ptx::bulk_wait_read_warp();
 }
 
-template <typename T, typename Config, bool kDropout>
+template <typename T, typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attention_bwd_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ AttentionGradients g,
                        const __grid_constant__ BackwardMaps maps, const __grid_constant__ Schedule schedule) {
   ptx::let_next_kernel_begin();
-  if (threadIdx.x == 0) BackwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers(kDropout ? kDrawers : 0);
+  if (threadIdx.x == 0) BackwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers();
   ptx::await_previous_kernel();
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::lower_registers<Config::kProducerRegisters>();
     if (threadIdx.x < 32)
       produce<T, Config>(p, g, maps, schedule);
-    else if constexpr (kDropout)
+    else if constexpr (Config::kDropout)
       draw<T, Config>(p);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
-    consume<T, Config, kDropout>(p, g);
+    consume<T, Config>(p, g);
   }
 }
 
-template <typename T, typename Config, bool kDropout>
+template <typename T, typename Config>
 void launch_backward(const AttentionProblem& p, const AttentionGradients& g) {
   using Shared = BackwardShared<T, Config>;
   const BackwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
@@ -337,8 +343,8 @@ void launch_backward(const AttentionProblem& p, const AttentionGradients& g) {
   if (count > 0x3FFFFFFF)
     throw std::runtime_error("flash_models: attention_bwd_sm90 takes fewer than 2^30 key tiles; split the batch");
   const int64_t ctas = std::min<int64_t>(count, Config::kCtasPerSm * multiprocessors());
-  launch<attention_bwd_sm90<T, Config, kDropout>, Shared::kBytes, true>(
-      "attention_bwd_sm90", ctas, Config::kThreads, p.stream, p, g, maps, Schedule{key_tiles, static_cast<int>(count)});
+  launch<attention_bwd_sm90<T, Config>, Shared::kBytes, true>("attention_bwd_sm90", ctas, Config::kThreads, p.stream, p,
+                                                              g, maps, Schedule{key_tiles, static_cast<int>(count)});
   attention_bwd_combine_sm90(p, g);
   if (g.dq_sum == nullptr) return;
   const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kStoredRows));
@@ -352,10 +358,10 @@ void attention_bwd_sm90(const AttentionProblem& p, const AttentionGradients& g) 
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
     // A key tile must lie within one block column.
     if constexpr (kDim <= 64) {
-      p.block_size == 64 ? launch_backward<T, BackwardConfig<kDim, 1, 64>, kDropout>(p, g)
-                         : launch_backward<T, BackwardConfig<kDim, 2, 128>, kDropout>(p, g);
+      p.block_size == 64 ? launch_backward<T, BackwardConfig<kDim, 1, 64, kDropout>>(p, g)
+                         : launch_backward<T, BackwardConfig<kDim, 2, 128, kDropout>>(p, g);
     } else if constexpr (kDim == 128) {
-      launch_backward<T, BackwardConfig<kDim, 2, 64>, kDropout>(p, g);
+      launch_backward<T, BackwardConfig<kDim, 2, 64, kDropout>>(p, g);
     }
   });
 }

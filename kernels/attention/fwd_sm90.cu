@@ -12,7 +12,7 @@
 //
 // They take turns in issuing their products, so that one's softmax runs under the others' products.
 //
-//   shared memory   Q [2][kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | barriers
+//   shared memory   fwd_shared_sm90.cuh
 //   registers       scores 64 x kTileK, output 64 x kDim, fp32, and probabilities 64 x kTileK, 16 bits, per warpgroup
 //   barriers        full: the copy engine has written a tile. empty: every warp that reads it has.
 //
@@ -21,80 +21,16 @@
 #include <algorithm>
 
 #include "dispatch.cuh"
-#include "draw.cuh"
-#include "hopper/tile.cuh"
+#include "fwd_shared_sm90.cuh"
 #include "maps.h"
 #include "partial.cuh"
-#include "ring.cuh"
 #include "softmax.cuh"
-#include "tickets.cuh"
 
 namespace flash_models {
 namespace {
 
-template <int kDim_, int kWarpgroups_, int kTileK_>
-struct ForwardConfig {
-  static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileK = kTileK_;
-  static constexpr int kTileQ = 64 * kWarpgroups, kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kCtasPerSm = kWarpgroups == 1 ? (kDim <= 64 ? 3 : 2) : 1;
-  static constexpr int kStages = kDim <= 64 ? (kWarpgroups == 1 ? 3 : 4) : 2;
-  // What setmaxnreg hands from the producer to the consumers: 512 registers for each lane of the SM's four schedulers.
-  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 40 : 24;
-  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kCtasPerSm == 3 ? 136 : 232;
-};
-
 struct ForwardMaps {
   CUtensorMap q, k, v;
-};
-
-template <typename T, typename Config>
-struct ForwardShared {
-  static constexpr int kStages = Config::kStages;
-  using Query = PanelTile<T, Config::kTileQ, Config::kDim>;
-  using Key = PanelTile<T, Config::kTileK, Config::kDim>;
-  using Kept = KeptBits<4 * Config::kWarpgroups, Config::kTileK / 64, 2>;
-  static constexpr int kKept = 2 * Query::kBytes + 2 * kStages * Key::kBytes, kBarriers = kKept + Kept::kBytes;
-  static constexpr int kNotes = (kBarriers + 8 * (5 + 4 * kStages + Kept::kBarriers) + 15) / 16 * 16;
-  static constexpr int kBytes = kNotes + 2 * sizeof(TileNote) + 4 * kStages;
-  uint32_t base;
-
-  __device__ __forceinline__ Query q(int stage) const { return {base + stage * Query::kBytes}; }
-  __device__ __forceinline__ Key k(int stage) const { return {base + 2 * Query::kBytes + stage * Key::kBytes}; }
-  __device__ __forceinline__ Key v(int stage) const { return k(kStages + stage); }
-
-  __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return base + kBarriers + 8 + 8 * stage; }
-  __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(2 + stage); }
-  __device__ __forceinline__ uint32_t k_full(int stage) const { return q_full(4 + stage); }
-  __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kStages + stage); }
-  __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kStages + stage); }
-  __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kStages + stage); }
-  __device__ __forceinline__ Kept kept() const { return {base + kKept, k_full(4 * kStages)}; }
-
-  __device__ __forceinline__ TileNote* note(int stage) const {
-    return static_cast<TileNote*>(__cvta_shared_to_generic(base + kNotes)) + stage;
-  }
-  // The first key of a tile, plus 1 if it is the last one that these queries visit.
-  __device__ __forceinline__ int* first_key(int stage) const { return reinterpret_cast<int*>(note(2)) + stage; }
-
-  // drawers: warps beside the consumers' that read the notes of Q and K.
-  __device__ __forceinline__ void init_barriers(int drawers) const {
-    constexpr int kConsumers = 4 * Config::kWarpgroups;
-    const int note_readers = (kConsumers + drawers) * ptx::kWarpArrivals;
-    ptx::mbarrier_init(raw(), 1);
-    for (int stage = 0; stage < 2; ++stage) {
-      ptx::mbarrier_init(q_full(stage), 1);
-      ptx::mbarrier_init(q_empty(stage), note_readers);
-    }
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(k_full(stage), 1);
-      ptx::mbarrier_init(v_full(stage), 1);
-      ptx::mbarrier_init(k_empty(stage), note_readers);
-      ptx::mbarrier_init(v_empty(stage), kConsumers * ptx::kWarpArrivals);
-    }
-    kept().init_barriers();
-    ptx::mbarrier_init_fence();
-  }
 };
 
 // The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where
@@ -187,6 +123,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
 template <typename T, typename Config>
 __device__ __forceinline__ void draw(const AttentionProblem& p) {
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
+  constexpr int kWords = Config::kTileK / 64;  // a lane's of a consumer's rows
   const int lane = ptx::lane_id();
   Ring<2> queries, drawn;
   Ring<Config::kStages> keys;
@@ -196,25 +133,30 @@ __device__ __forceinline__ void draw(const AttentionProblem& p) {
     if (note.last()) return;
     ptx::mbarrier_arrive_warp(shared.q_empty(queries.stage));
     queries.advance();
-    const Drawer drawer(p, note.batch * p.heads + note.head, lane);
+    const Dropout dropout(p.rng_state, note.batch * p.heads + note.head, p.dropout_threshold);
     for (bool more = note.walks(); more;) {
       ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
-      const int word = *shared.first_key(keys.stage), k0 = word & ~1;
+      const int first_key = *shared.first_key(keys.stage);
       ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
       keys.advance();
-      more = word % 2 == 0;
-      shared.kept().fill(drawn, 4 * Config::kWarpgroups, [&](int warp) {
-        const int q0 = note.tile * Config::kTileQ + 16 * warp;
-#pragma unroll 1
-        for (int i = 0; i < Config::kTileK / 64; ++i)
-          shared.kept().word(drawn.stage, warp, i, lane) = drawer.packed(q0, k0 + 64 * i);
+      more = first_key % 2 == 0;
+      shared.kept().fill(drawn, 2 * Config::kWarpgroups * kWords, [&](int item) {  // 32 queries x 64 keys
+        const int pair = item / kWords, part = item % kWords;
+        const int row_patch = note.tile * (Config::kTileQ / 32) + pair, col_patch = first_key / 32 + 2 * part;
+        const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
+                                     dropout.kept(row_patch, col_patch + 1, lane)};
+        uint32_t words[2];
+        KeepPacked<8>::split(patches, words);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) shared.kept().word(drawn.stage, 2 * pair + i, part, lane) = words[i];
       });
     }
   }
 }
 
-template <typename T, typename Config, bool kDropout>
+template <typename T, typename Config>
 __device__ __forceinline__ void consume(const AttentionProblem& p) {
+  constexpr bool kDropout = Config::kDropout;
   constexpr int kDim = Config::kDim, kTileK = Config::kTileK;
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   const Lane lane;
@@ -335,26 +277,26 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
   }
 }
 
-template <typename T, typename Config, bool kDropout>
+template <typename T, typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attention_fwd_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardMaps maps,
                        const __grid_constant__ Schedule schedule) {
   ptx::let_next_kernel_begin();
-  if (threadIdx.x == 0) ForwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers(kDropout ? kDrawers : 0);
+  if (threadIdx.x == 0) ForwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers();
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::lower_registers<Config::kProducerRegisters>();
     if (threadIdx.x < 32)
       produce<T, Config>(p, maps, schedule);
-    else if constexpr (kDropout)
+    else if constexpr (Config::kDropout)
       draw<T, Config>(p);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
-    consume<T, Config, kDropout>(p);
+    consume<T, Config>(p);
   }
 }
 
-template <typename T, typename Config, bool kDropout>
+template <typename T, typename Config>
 void launch_forward(const AttentionProblem& p) {
   using Shared = ForwardShared<T, Config>;
   const ForwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
@@ -367,7 +309,7 @@ void launch_forward(const AttentionProblem& p) {
   if (units << pairs > 0x3FFFFFFF)
     throw std::runtime_error("flash_models: attention_fwd_sm90 takes fewer than 2^30 query tiles; split the batch");
   const int64_t ctas = listed || equal ? std::min<int64_t>(units, Config::kCtasPerSm * multiprocessors()) : units;
-  launch<attention_fwd_sm90<T, Config, kDropout>, Shared::kBytes>(
+  launch<attention_fwd_sm90<T, Config>, Shared::kBytes>(
       "attention_fwd_sm90", ctas, Config::kThreads, p.stream, p, maps,
       Schedule{static_cast<int>(query_tiles), static_cast<int>(units << pairs), pairs, p.ticket});
 }
@@ -376,17 +318,18 @@ void launch_forward(const AttentionProblem& p) {
 
 void attention_fwd_sm90(const AttentionProblem& p) {
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    // Three consumers hide each other's waits best, but leave a thread 160 registers: too few for more head dimensions.
-    // Their tiles of 192 rows must not cut the sequence badly, and they cut short ones along a diagonal badly.
-    constexpr bool kThreeFit = kDim <= 64;
+    // Three consumers hide each other's waits best, but leave a thread 160 registers, too few for more head dimensions,
+    // and the drawers 32. Their tiles of 192 rows must not cut the sequence badly, and they cut short ones along a
+    // diagonal badly.
+    constexpr bool kThreeFit = kDim <= 64 && !kDropout;
     const int64_t rows_of_three = 192 * ceil_div(p.seqlen_q, 192), rows_of_two = 128 * ceil_div(p.seqlen_q, 128);
     const bool three = p.causal ? p.seqlen_q >= 4096 : 7 * rows_of_three <= 8 * rows_of_two;
     if (p.block_size == 64) {  // a query tile must lie within one block row
-      launch_forward<T, ForwardConfig<kDim, 1, 64>, kDropout>(p);
+      launch_forward<T, ForwardConfig<kDim, 1, 64, kDropout>>(p);
     } else if (!kThreeFit || p.block_size == 128 || !three) {
-      launch_forward<T, ForwardConfig<kDim, 2, 128>, kDropout>(p);
+      launch_forward<T, ForwardConfig<kDim, 2, 128, kDropout>>(p);
     } else if constexpr (kThreeFit) {
-      launch_forward<T, ForwardConfig<kDim, 3, 128>, kDropout>(p);
+      launch_forward<T, ForwardConfig<kDim, 3, 128, kDropout>>(p);
     }
   });
   attention_fwd_combine_sm90(p);
