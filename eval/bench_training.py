@@ -2,8 +2,8 @@
 """Seconds per training step of BERT and GPT-2: transformers against `flash_models.patch(model, fuse=True)`.
 
 The same random weights and batches, transformers' default dropout, bfloat16 autocast (float32 on a CPU) and fused
-AdamW for all of them, in one process: transformers' eager and SDPA attention, SDPA under torch.compile, ours without
-and with torch.compile, and ours block-sparse, with a window of 256 tokens and 128 global ones. A step is forward,
+AdamW for all of them, in one process: transformers' eager and SDPA attention, SDPA under torch.compile, ours dense and
+block-sparse, with a window of 256 tokens and 128 global ones, without and with torch.compile. A step is forward,
 backward and the optimizer. Padded batches have lengths uniform in S / 4 to S; tokens per second and MFU count real
 tokens. MFU is of the GPU's published bfloat16 peak.
 

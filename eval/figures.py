@@ -145,8 +145,10 @@ def draw_training(rows, facts, path):
     labels = {"eager": "transformers, eager", "sdpa": "SDPA", "sdpa_compile": "SDPA, torch.compile"}
     labels |= {"flash_models": "flash-models, fused", "flash_models_compile": "flash-models, fused, torch.compile"}
     labels |= {"flash_models_sparse": "flash-models, fused, block-sparse"}
+    labels |= {"flash_models_sparse_compile": "flash-models, fused, block-sparse, torch.compile"}
     colors = {"eager": "#c9ccd1", "sdpa": "#8d96a3", "sdpa_compile": "#2e4057"}
     colors |= {"flash_models": "#d1495b", "flash_models_compile": "#edae49", "flash_models_sparse": "#00798c"}
+    colors |= {"flash_models_sparse_compile": "#66a182"}
     figure = Figure(figsize=(max(3.3 * len(panels), 5), 3.4), layout="constrained")
     for axes, (model, padded, processes) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         mine = [row for row in rows if (row["model"], str(row["padded"]), str(row["processes"]))

@@ -37,11 +37,11 @@ def test_every_variant_is_timed_and_what_is_there_is_kept(tmp_path, capsys, monk
     first = last_json(capsys)
     run(*arguments)
     report = last_json(capsys)
-    assert len(first["rows"]) == 3 and len(report["rows"]) == 6 and report["rows_left"] == 0
+    assert len(first["rows"]) == 3 and len(report["rows"]) == 7 and report["rows_left"] == 0
     with open(report["csv"]) as file:
         assert file.readline().startswith("# commit")
         rows = {row["variant"]: row for row in csv.DictReader(file)}
-    ours = ["flash_models", "flash_models_compile", "flash_models_sparse"]
+    ours = ["flash_models", "flash_models_compile", "flash_models_sparse", "flash_models_sparse_compile"]
     assert list(rows) == ["sdpa", "eager", "sdpa_compile", *ours]
     case = Case("bert-mini", 3, 24, True)
     tokens = sum(map(case.tokens, case.batches(bench_training.BATCHES, "cpu"))) / bench_training.BATCHES

@@ -47,7 +47,8 @@ def test_shipped_checkpoints_may_be_published(name):
     shipped = CHECKPOINTS[name]
     assert "README.md" in check_folder(ROOT / shipped.folder)
     config = json.loads((ROOT / shipped.folder / "config.json").read_text())
-    assert config["max_position_embeddings"] == shipped.max_tokens
+    positions = "n_positions" if config["model_type"] == "flash_gpt2" else "max_position_embeddings"
+    assert config[positions] == shipped.max_tokens
     assert (ROOT / shipped.script).is_file() and (ROOT / "eval" / "recipes" / f"{name}.sh").is_file()
     report = json.loads((ROOT / "eval" / "results" / name / "all_results.json").read_text())
     assert report["model"] == shipped.folder

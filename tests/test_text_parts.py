@@ -61,6 +61,7 @@ def test_json_in_all_its_wrappings(tmp_path):
         ("x.parquet", b"PAR1", "expected one of .jsonl"),
         ("x.jsonl", b"", "holds no rows"),
     ],
+    ids=["cut-xz", "cut-gz", "array", "latin-1", "parquet", "empty"],  # gzip writes the time into its bytes
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

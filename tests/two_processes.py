@@ -35,7 +35,7 @@ def step(model, optimizer, ids, backward=torch.Tensor.backward):
 
 
 def step_on_two(way, model, ids):
-    """Take the step in DDP or FSDP2 by accelerate or in torch's FSDP2; returns the module whose weights were trained."""
+    """Take the step in DDP or FSDP2 by accelerate, or in torch's FSDP2; returns the trained module."""
     if way != "fsdp2":
         accelerator = Accelerator() if way == "accelerate" else sharded_accelerator()
         loader = DataLoader(ids, batch_size=EXAMPLES // 2)

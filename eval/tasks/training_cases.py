@@ -37,6 +37,7 @@ VARIANTS = {
     "flash_models": Variant(),
     "flash_models_compile": Variant(compiled=True),
     "flash_models_sparse": Variant(sparse=True),
+    "flash_models_sparse_compile": Variant(compiled=True, sparse=True),
 }
 # Longformer's window (arXiv 2004.05150), and one block of global tokens
 BLOCK_SPARSE = {"pattern": "local_global", "window": 256, "global": 128}

@@ -4,8 +4,8 @@
 Statistics and sums are float32 whatever the dtypes. A normalised result that only a matrix product reads has the dtype
 of that, which under autocast is the lower one: transformers writes float32 there and casts. With `post_norm` it is the
 next residual too, as in BERT, and has the dtype of the sum: rounded once a sublayer, the errors of gradients would add
-up to more than twice those of transformers in twelve layers. Nobody reads the sum then; the backward gets it normalised,
-at most the root of N, in float16, which is as short as bfloat16 and rounds to an eighth.
+up to more than twice those of transformers in twelve layers. Nobody reads the sum then; the backward gets it
+normalised, at most the root of N, in float16, which is as short as bfloat16 and rounds to an eighth.
 """
 
 import torch

@@ -48,7 +48,8 @@ class _Sublayer(torch.autograd.Function):
         ctx, x, weight_1, bias_1, weight_2, bias_2, own, scale, shift, eps, p, tanh, transposed, post_norm, dtype,
         *dtypes,
     ):  # fmt: skip
-        """own: the residual, None if it is x; dtype: of the matrix products; dtypes: of what the norm keeps and the normalised."""
+        """own: the residual, None if it is x; dtype: of the matrix products; dtypes: of what the norm keeps for its
+        backward and of the normalised."""
         from .gelu_kernels import gelu_forward
         from .norm_kernels import norm_forward
 
