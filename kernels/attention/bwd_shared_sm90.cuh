@@ -18,9 +18,9 @@ struct BackwardConfig {
   static constexpr int kCtasPerSm = kWarpgroups == 1 ? 2 : 1;
   // A warpgroup's share of dQ: 64 of a tile's queries, or, where a tile has only 64, some of the columns.
   static constexpr int kDqDim = kTileQ == kTileK ? kDim : kDim / kWarpgroups;
-  // What setmaxnreg hands over must be what the launch got: 168 registers a thread, 128 where two CTAs share an SM.
   static constexpr int kProducerRegisters = kWarpgroups == 2 && !kDropout ? 40 : 56;
   static constexpr int kConsumerRegisters = kWarpgroups == 1 ? 200 : kDropout ? 224 : 232;
+  static_assert(registers_suffice(kCtasPerSm, kWarpgroups, kProducerRegisters, kConsumerRegisters));
 };
 
 //   K [2] | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | dQ of each warp

@@ -16,12 +16,12 @@ struct ForwardConfig {
   static constexpr int kTileQ = 64 * kWarpgroups, kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kCtasPerSm = kWarpgroups == 1 ? (kDim <= 64 ? 3 : 2) : 1;
   static constexpr int kStages = kDim <= 64 ? (kWarpgroups == 1 ? 3 : 4) : 2;
-  // What setmaxnreg hands from the producer to the consumers: 512 registers for each lane of the SM's four schedulers.
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 88 : kCtasPerSm == 3 ? 40 : 72;
   static constexpr int kConsumerRegisters = kWarpgroups == 3   ? 160
                                             : kWarpgroups == 2 ? 208
                                             : kCtasPerSm == 3  ? 120
                                                                : 184;
+  static_assert(registers_suffice(kCtasPerSm, kWarpgroups, kProducerRegisters, kConsumerRegisters));
 };
 
 //   Q [2][kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | bits of dropout | barriers | notes

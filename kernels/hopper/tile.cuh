@@ -67,6 +67,13 @@ struct PanelTile {
   }
 };
 
+// Whether setmaxnreg can give each thread of the one producer and the `consumers` warpgroups of a CTA so many
+// registers: it hands around what the launch allotted, no more, and waits for ever for the rest.
+constexpr bool registers_suffice(int ctas_per_sm, int consumers, int of_producer, int of_consumer) {
+  const int threads = 128 * (consumers + 1), launched = 65536 / (ctas_per_sm * threads) / 8 * 8;
+  return 128 * (of_producer + consumers * of_consumer) <= threads * launched;
+}
+
 // This thread's warpgroup, as a value that the compiler knows to be the same in all lanes.
 __device__ __forceinline__ int warpgroup_of_thread() {
   return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
