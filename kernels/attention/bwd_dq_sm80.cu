@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   const float scale_log2 = p.scale * kLog2e;
-  const Dropout dropout(p.rng_state, batch * p.heads + head, p.dropout_threshold);
+  const Dropout dropout(p, batch * p.heads + head);
   float dq[1][kDim / 8][4];
   clear(dq);
   while (position < walk.count) {

@@ -5,7 +5,6 @@
 
 #include "draw.cuh"
 #include "hopper/tile.cuh"
-#include "tickets.cuh"
 
 namespace flash_models {
 
@@ -39,7 +38,7 @@ struct BackwardShared {
   static constexpr int kRows = kDq + kWarps * kWarpDqBytes, kKept = kRows + 2 * kStages * kTileQ * 4;
   static constexpr int kBarriers = kKept + Kept::kBytes;
   static constexpr int kNotes = (kBarriers + 8 * (9 + 4 * kStages + Kept::kBarriers) + 15) / 16 * 16;
-  static constexpr int kBytes = kNotes + 2 * sizeof(TileNote) + 4 * kStages;
+  static constexpr int kBytes = kNotes + Notes<kStages>::kBytes;
   uint32_t base;
 
   __device__ __forceinline__ Key k(int stage) const { return {base + stage * Key::kBytes}; }
@@ -63,11 +62,7 @@ struct BackwardShared {
   __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kStages + stage); }
   __device__ __forceinline__ Kept kept() const { return {base + kKept, q_full(4 * kStages)}; }
 
-  __device__ __forceinline__ TileNote* note(int stage) const {
-    return static_cast<TileNote*>(__cvta_shared_to_generic(base + kNotes)) + stage;
-  }
-  // The first query of a tile, plus 1 if it is the last one that these keys visit.
-  __device__ __forceinline__ int* first_query(int stage) const { return reinterpret_cast<int*>(note(2)) + stage; }
+  __device__ __forceinline__ Notes<kStages> notes() const { return {base + kNotes}; }
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = kWarps * ptx::kWarpArrivals;

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, BackwardTiles<T, kDim>::kCtasPerSm)
   if (position < walk.count) load_queries(position, stage);
   ptx::cp_async_commit();
 
-  const Dropout dropout(p.rng_state, batch * p.heads + head, p.dropout_threshold);
+  const Dropout dropout(p, batch * p.heads + head);
   float dk[2][kDim / 16][4], dv[2][kDim / 16][4];
   clear(dk);
   clear(dv);

@@ -82,8 +82,8 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
 
     ptx::mbarrier_wait(shared.k_empty(keys.stage), keys.parity ^ 1);
     if (producer.leader)
-      *shared.note(keys.stage) = {work.place.tile, head, work.place.batch,
-                                  2 * static_cast<int>(work.slot) + (position < walk.count)};
+      shared.notes().tile(keys.stage) = {work.place.tile, head, work.place.batch,
+                                         2 * static_cast<int>(work.slot) + (position < walk.count)};
     producer.load(shared.k(keys.stage), maps.k, shared.k_full(keys.stage), key, head, batch, lo, hi);
     keys.advance();
     if (position < walk.count) {
@@ -96,7 +96,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
       position = walk.next(position + 1);
       ptx::mbarrier_wait(shared.q_empty(stage), ring.parity ^ 1);
       if (producer.leader) {
-        *shared.first_query(stage) = q0 + (position >= walk.count);
+        shared.notes().first(stage) = q0 + (position >= walk.count);
         ptx::mbarrier_arrive_expect(shared.q_full(stage), 2 * 4 * kTileQ);
         ptx::bulk_load(shared.shift(stage), g.shift + rows + q0, 4 * kTileQ, shared.q_full(stage));
         ptx::bulk_load(shared.delta(stage), g.delta + rows + q0, 4 * kTileQ, shared.q_full(stage));
@@ -108,7 +108,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
   }
   ptx::mbarrier_wait(shared.k_empty(keys.stage), keys.parity ^ 1);
   if (producer.leader) {
-    *shared.note(keys.stage) = TileNote::end();
+    shared.notes().tile(keys.stage) = TileNote::end();
     ptx::mbarrier_arrive(shared.k_full(keys.stage));
   }
 }
@@ -118,32 +118,18 @@ __device__ __forceinline__ void draw(const AttentionProblem& p) {
   constexpr int kGroups = Config::kTileK / 32, kWords = Config::kTileQ / 32;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
   const int lane = ptx::lane_id();
-  Ring<Config::kStages> ring;
-  Ring<2> keys;
   Ring<Config::kKeptStages> drawn;
-  while (true) {
-    ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
-    const TileNote note = *shared.note(keys.stage);
-    if (note.last()) return;
-    ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
-    keys.advance();
-    const Dropout dropout(p.rng_state, note.batch * p.heads + note.head, p.dropout_threshold);
-    for (bool more = note.walks(); more;) {
-      ptx::mbarrier_wait(shared.q_full(ring.stage), ring.parity);
-      const int first_query = *shared.first_query(ring.stage);
-      ptx::mbarrier_arrive_warp(shared.q_empty(ring.stage));
-      ring.advance();
-      more = first_query % 2 == 0;
-      shared.kept().fill(drawn, kGroups * kWords / 2, [&](int item) {  // 64 queries x 32 keys
-        const int group = item % kGroups, first = item / kGroups * 2;
-        const int row_patch = first_query / 32 + first, col_patch = note.tile * kGroups + group;
-        const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
-                                     dropout.kept(row_patch + 1, col_patch, lane)};
+  auto visit = [&](const Dropout& dropout, int tile, int first_query) {
+    shared.kept().fill(drawn, kGroups * kWords / 2, [&](int item) {  // 64 queries x 32 keys
+      const int group = item % kGroups, first = item / kGroups * 2;
+      const int row_patch = first_query / 32 + first, col_patch = tile * kGroups + group;
+      const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
+                                   dropout.kept(row_patch + 1, col_patch, lane)};
 #pragma unroll
-        for (int i = 0; i < 2; ++i) shared.kept().word(drawn.stage, group, first + i, lane) = transposed(patches[i]);
-      });
-    }
-  }
+      for (int i = 0; i < 2; ++i) shared.kept().word(drawn.stage, group, first + i, lane) = transposed(patches[i]);
+    });
+  };
+  follow(p, shared.notes(), shared.k_full(0), shared.k_empty(0), shared.q_full(0), shared.q_empty(0), visit);
 }
 
 template <typename T, typename Config>
@@ -188,7 +174,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
 
   while (true) {
     ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
-    const TileNote note = *shared.note(keys.stage);
+    const TileNote note = shared.notes().tile(keys.stage);
     if (note.last()) break;
     const KeyTile<Config> tile(p, note.tile, note.batch);
     const int k0 = tile.k0 + row0, q_len = static_cast<int>(tile.s.q_len);
@@ -200,7 +186,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     };
     auto await_queries = [&](const Ring<Config::kStages>& place) {
       ptx::mbarrier_wait(shared.q_full(place.stage), place.parity);
-      const int word = *shared.first_query(place.stage);
+      const int word = shared.notes().first(place.stage);
       if constexpr (kDropout) {
         shared.kept().take(drawn, row0 / 32, lane.id, keep.word);
 #pragma unroll
@@ -289,7 +275,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       __syncwarp();
       add_dq(last_q0);
     }
-    const TileNote done = *shared.note(keys.stage);  // read again, so that it need not be kept
+    const TileNote done = shared.notes().tile(keys.stage);  // read again, so that it need not be kept
     const Sequence s = sequence_of(p, done.batch);
     ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
     keys.advance();

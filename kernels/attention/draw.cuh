@@ -8,6 +8,7 @@
 #include "dropout.cuh"
 #include "hopper/ptx.cuh"
 #include "ring.cuh"
+#include "tickets.cuh"
 
 namespace flash_models {
 
@@ -53,5 +54,31 @@ struct KeptBits {
     ring.advance();
   }
 };
+
+// The producer's notes from first to last, by a drawer: `visit(dropout, tile, first)` with the draws of the head, the
+// number of the tile and the first token of what passes by, plus 1 at the last. Of each barrier the address of stage
+// 0's: tile_full and tile_empty guard the notes of tiles, step_full and step_empty those of what passes by.
+template <int kStages, typename Visit>
+__device__ __forceinline__ void follow(const AttentionProblem& p, const Notes<kStages>& notes, uint32_t tile_full,
+                                       uint32_t tile_empty, uint32_t step_full, uint32_t step_empty, Visit visit) {
+  Ring<2> tiles;
+  Ring<kStages> steps;
+  while (true) {
+    ptx::mbarrier_wait(tile_full + 8 * tiles.stage, tiles.parity);
+    const TileNote note = notes.tile(tiles.stage);
+    if (note.last()) return;
+    ptx::mbarrier_arrive_warp(tile_empty + 8 * tiles.stage);
+    tiles.advance();
+    const Dropout dropout(p, note.batch * p.heads + note.head);
+    for (bool more = note.walks(); more;) {
+      ptx::mbarrier_wait(step_full + 8 * steps.stage, steps.parity);
+      const int first = notes.first(steps.stage);
+      ptx::mbarrier_arrive_warp(step_empty + 8 * steps.stage);
+      steps.advance();
+      more = first % 2 == 0;
+      visit(dropout, note.tile, first);
+    }
+  }
+}
 
 }  // namespace flash_models

@@ -60,6 +60,9 @@ struct Dropout {
     offset = static_cast<uint32_t>(rng_state[1]);
   }
 
+  FM_HOST_DEVICE Dropout(const AttentionProblem& p, int64_t batch_head)
+      : Dropout(p.rng_state, batch_head, p.dropout_threshold) {}
+
   // One lane's share of patch (row / 32, col / 32), a bit for each element that is kept. Element (row, col) belongs to
   // lane (row % 8) * 4 + (col % 8) / 2; its bit is number 7 - (row % 32 / 16 * 4 + col % 32 / 8) of byte
   // row % 16 / 8 * 2 + col % 2.

@@ -5,7 +5,6 @@
 
 #include "draw.cuh"
 #include "hopper/tile.cuh"
-#include "tickets.cuh"
 
 namespace flash_models {
 
@@ -33,7 +32,7 @@ struct ForwardShared {
   using Kept = KeptBits<4 * Config::kWarpgroups, 4 * Config::kWarpgroups, Config::kTileK / 64, 2>;
   static constexpr int kKept = 2 * Query::kBytes + 2 * kStages * Key::kBytes, kBarriers = kKept + Kept::kBytes;
   static constexpr int kNotes = (kBarriers + 8 * (5 + 4 * kStages + Kept::kBarriers) + 15) / 16 * 16;
-  static constexpr int kBytes = kNotes + 2 * sizeof(TileNote) + 4 * kStages;
+  static constexpr int kBytes = kNotes + Notes<kStages>::kBytes;
   uint32_t base;
 
   __device__ __forceinline__ Query q(int stage) const { return {base + stage * Query::kBytes}; }
@@ -49,11 +48,7 @@ struct ForwardShared {
   __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kStages + stage); }
   __device__ __forceinline__ Kept kept() const { return {base + kKept, k_full(4 * kStages)}; }
 
-  __device__ __forceinline__ TileNote* note(int stage) const {
-    return static_cast<TileNote*>(__cvta_shared_to_generic(base + kNotes)) + stage;
-  }
-  // The first key of a tile, plus 1 if it is the last one that these queries visit.
-  __device__ __forceinline__ int* first_key(int stage) const { return reinterpret_cast<int*>(note(2)) + stage; }
+  __device__ __forceinline__ Notes<kStages> notes() const { return {base + kNotes}; }
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = 4 * Config::kWarpgroups * ptx::kWarpArrivals;

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   float out[2][kDim / 8][4], factor[2][2];
   clear(out);
   OnlineSoftmax<2> softmax;
-  const Dropout dropout(p.rng_state, batch * p.heads + head, p.dropout_threshold);
+  const Dropout dropout(p, batch * p.heads + head);
 
   while (position < walk.count) {
     const int next = walk.next(position + 1);

@@ -96,8 +96,8 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
 
     ptx::mbarrier_wait(shared.q_empty(queries.stage), queries.parity ^ 1);
     if (producer.leader)
-      *shared.note(queries.stage) = {work.place.tile, head, work.place.batch,
-                                     2 * static_cast<int>(work.slot) + (position < walk.count)};
+      shared.notes().tile(queries.stage) = {work.place.tile, head, work.place.batch,
+                                            2 * static_cast<int>(work.slot) + (position < walk.count)};
     producer.load(shared.q(queries.stage), maps.q, shared.q_full(queries.stage),
                   static_cast<int>(tile.s.q_begin) + tile.q0, head, batch);
     queries.advance();
@@ -105,7 +105,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
       const int k0 = walk.tile(position) * Config::kTileK;
       position = walk.next(position + 1);
       ptx::mbarrier_wait(shared.k_empty(ring.stage), ring.parity ^ 1);
-      if (producer.leader) *shared.first_key(ring.stage) = k0 + (position >= walk.count);
+      if (producer.leader) shared.notes().first(ring.stage) = k0 + (position >= walk.count);
       producer.load(shared.k(ring.stage), maps.k, shared.k_full(ring.stage), key_begin + k0, head, batch);
       ptx::mbarrier_wait(shared.v_empty(ring.stage), ring.parity ^ 1);
       producer.load(shared.v(ring.stage), maps.v, shared.v_full(ring.stage), key_begin + k0, head, batch,
@@ -115,7 +115,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
   }
   ptx::mbarrier_wait(shared.q_empty(queries.stage), queries.parity ^ 1);
   if (producer.leader) {
-    *shared.note(queries.stage) = TileNote::end();
+    shared.notes().tile(queries.stage) = TileNote::end();
     ptx::mbarrier_arrive(shared.q_full(queries.stage));
   }
 }
@@ -125,33 +125,20 @@ __device__ __forceinline__ void draw(const AttentionProblem& p) {
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   constexpr int kWords = Config::kTileK / 64;  // a lane's of a consumer's rows
   const int lane = ptx::lane_id();
-  Ring<2> queries, drawn;
-  Ring<Config::kStages> keys;
-  while (true) {
-    ptx::mbarrier_wait(shared.q_full(queries.stage), queries.parity);
-    const TileNote note = *shared.note(queries.stage);
-    if (note.last()) return;
-    ptx::mbarrier_arrive_warp(shared.q_empty(queries.stage));
-    queries.advance();
-    const Dropout dropout(p.rng_state, note.batch * p.heads + note.head, p.dropout_threshold);
-    for (bool more = note.walks(); more;) {
-      ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
-      const int first_key = *shared.first_key(keys.stage);
-      ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
-      keys.advance();
-      more = first_key % 2 == 0;
-      shared.kept().fill(drawn, 2 * Config::kWarpgroups * kWords, [&](int item) {  // 32 queries x 64 keys
-        const int pair = item / kWords, part = item % kWords;
-        const int row_patch = note.tile * (Config::kTileQ / 32) + pair, col_patch = first_key / 32 + 2 * part;
-        const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
-                                     dropout.kept(row_patch, col_patch + 1, lane)};
-        uint32_t words[2];
-        KeepPacked<8>::split(patches, words);
+  Ring<2> drawn;
+  auto visit = [&](const Dropout& dropout, int tile, int first_key) {
+    shared.kept().fill(drawn, 2 * Config::kWarpgroups * kWords, [&](int item) {  // 32 queries x 64 keys
+      const int pair = item / kWords, part = item % kWords;
+      const int row_patch = tile * (Config::kTileQ / 32) + pair, col_patch = first_key / 32 + 2 * part;
+      const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
+                                   dropout.kept(row_patch, col_patch + 1, lane)};
+      uint32_t words[2];
+      KeepPacked<8>::split(patches, words);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) shared.kept().word(drawn.stage, 2 * pair + i, part, lane) = words[i];
-      });
-    }
-  }
+      for (int i = 0; i < 2; ++i) shared.kept().word(drawn.stage, 2 * pair + i, part, lane) = words[i];
+    });
+  };
+  follow(p, shared.notes(), shared.q_full(0), shared.q_empty(0), shared.k_full(0), shared.k_empty(0), visit);
 }
 
 template <typename T, typename Config>
@@ -184,7 +171,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
   };
   auto await_tile = [&] {  // with its first keys
     ptx::mbarrier_wait(shared.q_full(queries.stage), queries.parity);
-    const TileNote note = *shared.note(queries.stage);
+    const TileNote note = shared.notes().tile(queries.stage);
     if (note.walks()) ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
     return note;
   };
@@ -219,7 +206,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
     };
 
     if (note.walks()) {
-      int k0 = *shared.first_key(keys.stage);
+      int k0 = shared.notes().first(keys.stage);
       release_k();
       take_keep();
       mask(k0 & ~1);
@@ -233,7 +220,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
         multiply_qk();
         multiply_pv();
         Turns<Config::kWarpgroups>::pass(warpgroup);
-        k0 = *shared.first_key(keys.stage);
+        k0 = shared.notes().first(keys.stage);
         take_keep();
         ptx::wgmma_wait<1>();
         release_k();

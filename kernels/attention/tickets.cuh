@@ -26,4 +26,17 @@ struct alignas(16) TileNote {
   __device__ __forceinline__ int slot() const { return slot_and_work >> 1; }
 };
 
+// In shared memory: the notes of two tiles, and for each of kStages stages the first token of the tile that passes by,
+// plus 1 if it is the last one to walk.
+template <int kStages>
+struct Notes {
+  static constexpr int kBytes = 2 * sizeof(TileNote) + 4 * kStages;
+  uint32_t base;  // a multiple of 16
+
+  __device__ __forceinline__ TileNote& tile(int stage) const {
+    return static_cast<TileNote*>(__cvta_shared_to_generic(base))[stage];
+  }
+  __device__ __forceinline__ int& first(int stage) const { return reinterpret_cast<int*>(&tile(2))[stage]; }
+};
+
 }  // namespace flash_models
