@@ -154,7 +154,8 @@ def train(args, accelerator):
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
     pattern, names = parse_block_sparse(args.block_sparse), class_names(args.task, examples)
     shape = args.max_length, args.dropout, args.position_embedding_type, pattern
-    model = create_model(new_config(args.task, args.attention, names, *shape, **sizes))
+    fuse = ATTENTIONS[args.attention] == "io_aware"
+    model = create_model(new_config(args.task, args.attention, names, *shape, fuse=fuse, **sizes))
     steps = args.max_train_steps or task.num_steps
     trainer = TextTrainer(args, accelerator, ClassifierLoss(model), steps, batches_of(examples, model, args), EXACT)
     finished = trainer.run()

@@ -4,8 +4,8 @@
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 
+from ._layout_ops import block_lists
 from ._schedule import make_schedule, piece_size
 
 BLOCK_SIZES = (64, 128)
@@ -13,22 +13,6 @@ BLOCK_SIZES = (64, 128)
 # constant of the graph.
 LISTS = ("row_start", "row_index", "col_start", "col_index", "row_items", "col_items")
 MAX_BLOCKS = 2**31  # the lists count in int32
-
-
-def block_lists(mask, max_listed):
-    """Lists, as in `BlockLayout`, of the True blocks of `mask`, bool (Hl, rows, cols), at most `max_listed`.
-
-    Returns start, int32 (Hl, rows + 1), and index, int32 (max_listed,). A scan and a binary search: what is not listed
-    costs one byte and one int32 of scratch memory.
-    """
-    heads, rows, cols = mask.shape
-    listed = mask.flatten().cumsum(0, dtype=torch.int32)  # blocks listed up to and with each one
-    row_ends = listed.view(heads * rows, cols)[:, -1]
-    start = F.pad(row_ends, (1, 0)).unfold(0, rows + 1, rows).contiguous()
-    number = torch.arange(1, max_listed + 1, dtype=torch.int32, device=mask.device)
-    # the n-th listed block is the first up to which n are listed; past the last one this gives a multiple of cols
-    index = torch.searchsorted(listed, number, out_int32=True) % cols
-    return start, index
 
 
 def listed_blocks(row_start, row_index, num_key_blocks):
@@ -147,6 +131,6 @@ def layout_of_mask(
     rows and columns share their lists. `full`: all blocks are True.
     """
     max_listed = mask.numel() if max_listed is None else min(max_listed, mask.numel())
-    rows = block_lists(mask, max_listed)
-    columns = rows if symmetric else block_lists(mask.transpose(1, 2), max_listed)
+    rows = block_lists(mask, max_listed, False)
+    columns = rows if symmetric else block_lists(mask, max_listed, True)
     return with_work_items(BlockLayout(block_size, seqlen_q, seqlen_k, *rows, *columns, max_listed, (name,), full))

@@ -24,10 +24,12 @@ _ARGUMENTS = (
     "Tensor? row_index=None, Tensor? col_start=None, Tensor? col_index=None, Tensor? row_items=None, "
     "Tensor? col_items=None, int block_size=0"
 )
-# The schemas of kernels/attention/op.cpp, which a compiled library brings with it.
+# The schemas of kernels/*/op.cpp, which a compiled library brings with it.
 SCHEMAS = {
     "attention_fwd": f"({_ARGUMENTS}) -> (Tensor out, Tensor lse)",
     "attention_bwd": f"(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "block_lists": "(Tensor mask, int max_listed, bool transposed) -> (Tensor start, Tensor index)",
+    "work_items": "(Tensor start, int max_blocks, int max_partial) -> Tensor",
 }
 fragment = torch.library.Library("flash_models", "FRAGMENT")
 
@@ -44,8 +46,8 @@ def _load():
     return os.fspath(path), None
 
 
-def has_kernel(backend):
-    return torch._C._dispatch_has_kernel_for_dispatch_key("flash_models::attention_fwd", backend)
+def has_kernel(backend, op="attention_fwd"):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"flash_models::{op}", backend)
 
 
 @functools.cache
@@ -58,9 +60,9 @@ def _warn_once(reason):
 
 
 def _serve_by_reference(backend, reason):
-    from .reference import reference_backward, reference_forward
-
     def forward(*args):  # in schema order: the dispatcher knows no names
+        from .reference import reference_forward  # which needs the layouts, and they this module
+
         _warn_once(reason)
         packed = any(cu_seqlens_q is not None for cu_seqlens_q in args[10:11])
         check_qkv(*args[:3], packed=packed, heads_first=args[6])
@@ -68,6 +70,8 @@ def _serve_by_reference(backend, reason):
             return reference_forward(*args)
 
     def backward(*args):
+        from .reference import reference_backward
+
         with torch.autocast(args[0].device.type, enabled=False):
             return reference_backward(*args)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cutting long lines of a block layout into pieces, so that no worker owns one that takes far longer than others."""
 
-import torch
+from ._layout_ops import work_items
 
 MIN_PIECE = 16  # blocks
 PIECE_OVER_MEAN = 8
@@ -35,22 +35,4 @@ def make_schedule(start, max_blocks, *, max_length, max_listed, max_partial=None
     if max_length <= max_blocks:
         max_partial = 0
     max_partial = min(max_partial, max_listed // max_blocks + max_listed // (max_blocks + 1))
-
-    begin, length = start[:, :-1].flatten().long(), start.diff(dim=1).flatten().long()
-    pieces = ((length + max_blocks - 1) // max_blocks).clamp(min=1)
-    partial = torch.where(pieces > 1, pieces, 0)
-    whole = (pieces > 1) & (partial.cumsum(0) > max_partial)  # lines after the last that fits, longer ones or not
-    pieces, partial = pieces.masked_fill(whole, 1), partial.masked_fill(whole, 0)
-    item_end, slot_end = pieces.cumsum(0), partial.cumsum(0)
-
-    item = torch.arange(lines + max_partial, device=start.device)
-    line = torch.searchsorted(item_end, item, right=True)
-    spare = line == lines
-    line = line.clamp(max=lines - 1)
-    of_line = pieces[line]
-    piece = item - (item_end[line] - of_line)
-    first = begin[line] + length[line] * piece // of_line
-    last = begin[line] + length[line] * (piece + 1) // of_line
-    slot = torch.where(of_line == 1, -1, slot_end[line] - of_line + piece)
-    items = line.masked_fill(spare, -1), first.masked_fill(spare, 0), last.masked_fill(spare, 0)
-    return torch.stack([*items, slot.masked_fill(spare, -1)], 1).int()
+    return work_items(start, max_blocks, max_partial)

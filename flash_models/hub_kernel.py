@@ -15,7 +15,7 @@ import torch
 from . import _library
 
 STABLE_ABI = (2, 11)  # TORCH_TARGET_VERSION in kernels/CMakeLists.txt
-_MODULES = "ops _library _checks _cache reference layouts patterns _block_layout _schedule _plot".split()
+_MODULES = "ops _library _checks _cache reference layouts patterns _block_layout _layout_ops _schedule _plot".split()
 _INIT = '''\
 # SPDX-License-Identifier: Apache-2.0
 """Exact, IO-aware attention: `attention`, `BlockLayout`, `layouts` and `info` of flash-models {version}."""

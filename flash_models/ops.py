@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`attention`: the public call, and what PyTorch must know about the two ops behind it.
 
-The only file that calls `torch.ops.flash_models`. The ops are registered by kernels/attention/op.cpp, or by
-`_library.py` where there is no compiled library; their shapes without data (for torch.compile and torch.export) and
-their gradient are registered here.
+The only file that calls them; those that make layouts are `_layout_ops.py`'s. They are registered by
+kernels/attention/op.cpp, or by `_library.py` where there is no compiled library; their shapes without data (for
+torch.compile and torch.export) and their gradient are registered here.
 """
 
 import torch

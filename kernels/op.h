@@ -19,6 +19,12 @@
 #include <utility>
 #include <vector>
 
+#ifdef FLASH_MODELS_CUDA
+// Weak, because a torch without CUDA does not have it; there no CUDA tensor can reach the call.
+#pragma weak aoti_torch_get_current_cuda_stream
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
 namespace flash_models {
 
 using torch::headeronly::ScalarType;
@@ -81,6 +87,22 @@ inline Tensor zeros_on(const Tensor& like, const Shape& shape, ScalarType dtype)
   Tensor zeros = empty_on(like, shape, dtype);
   TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(zeros.get()));
   return zeros;
+}
+
+// Makes a CUDA tensor's device the current one.
+inline std::optional<torch::stable::accelerator::DeviceGuard> on_device_of(const Tensor& t) {
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (t.is_cuda()) guard.emplace(t.get_device_index());
+  return guard;
+}
+
+// The current stream of a CUDA tensor's device, a cudaStream_t; nullptr for others.
+inline void* stream_of(const Tensor& t) {
+  void* stream = nullptr;
+#ifdef FLASH_MODELS_CUDA
+  if (t.is_cuda()) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
+#endif
+  return stream;
 }
 
 template <typename T>

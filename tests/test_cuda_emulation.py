@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flash_models._layout_ops import block_lists, work_items
 from flash_models._schedule import make_schedule
 from flash_models.layouts import from_block_mask
 from flash_models.reference import attention_reference
@@ -27,16 +28,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-KERNELS = (
-    "cuda",
-    "fwd_decode",
-    "fwd_sm80",
-    "fwd_sm90",
-    "bwd_rows",
-    "bwd_sm80",
-    "bwd_sm90",
-    "combine_sm90",
-    "bwd_dq_sm80",
+SOURCES = (
+    "attention/cuda.cu",
+    "attention/fwd_decode.cu",
+    "attention/fwd_sm80.cu",
+    "attention/fwd_sm90.cu",
+    "attention/bwd_rows.cu",
+    "attention/bwd_sm80.cu",
+    "attention/bwd_sm90.cu",
+    "attention/combine_sm90.cu",
+    "attention/bwd_dq_sm80.cu",
+    "attention/op.cpp",
+    "layout/lists.cu",
+    "layout/op.cpp",
 )
 
 
@@ -53,12 +57,13 @@ def emulated(request, tmp_path_factory):
     command += [f"-I{p}" for p in (ROOT / "tests/emulation", ROOT / "kernels", CUDA_INCLUDE, torch_dir / "include")]
 
     def compile_one(source):
-        target = folder / f"{source}.o"
-        subprocess.run([*command, "-c", ROOT / "kernels/attention" / source, "-o", target], check=True)
+        target = folder / f"{source.replace('/', '-')}.o"
+        key = ["-DFLASH_MODELS_CUDA=CPU"] if source == "layout/op.cpp" else []
+        subprocess.run([*command, *key, "-c", ROOT / "kernels" / source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*(f"{name}.cu" for name in KERNELS), "op.cpp"]))
+        objects = list(pool.map(compile_one, SOURCES))
     library = folder / f"{name}.so"
     link = [f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     subprocess.run(["g++", "-shared", "-o", library, *objects, *link], check=True)
@@ -164,6 +169,22 @@ def test_kernels_match_reference(emulated, case, head_dim, dtype):
         # Rounding P, dS and the result to 16 bits: each a relative eps / 2 of terms that add up like a random walk.
         error = (got.double() - want).norm() / (want.norm() + want.numel() ** 0.5 * 0.1)
         assert error < 2 * eps, f"{name}: relative error {error:.2e}, expected below {2 * eps:.2e}"
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 40), (3, 65, 33), (2, 300, 9), (1, 3, 1100)])
+def test_layouts_are_the_same(emulated, shape, transposed):
+    """Lists and work items, against those in plain PyTorch: more lines than threads, more blocks than lanes."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    mask = torch.rand(shape, generator=generator) < 0.4
+    mask[:, 0], mask[0, -1] = True, False
+    for max_listed in (mask.numel(), int(mask.sum())):
+        lists = emulated.block_lists(mask, max_listed, transposed)
+        for got, expected in zip(lists, block_lists(mask, max_listed, transposed), strict=True):
+            assert torch.equal(got, expected)
+    for max_blocks, max_partial in ((1, 0), (2, 10), (3, 10**4), (16, 100)):
+        items = emulated.work_items(lists[0], max_blocks, max_partial)
+        assert torch.equal(items, work_items(lists[0], max_blocks, max_partial))
 
 
 def test_packed_sequences_do_not_touch(emulated):

@@ -51,7 +51,11 @@ WALLS = {
         ("kernels/hopper/", "kernels/ampere/"),
     ),
     "torch headers only in kernels/op.h": (r"#\s*include\s*[<\"](torch|ATen|c10)/", "kernels/", ("kernels/op.h",)),
-    "torch.ops.flash_models only in ops.py": (r"torch\.ops\.flash_models", "flash_models/", ("flash_models/ops.py",)),
+    "torch.ops.flash_models only in ops.py and _layout_ops.py": (
+        r"torch\.ops\.flash_models",
+        "flash_models/",
+        ("flash_models/ops.py", "flash_models/_layout_ops.py"),
+    ),
     "transformers only in hf.py, models/, long_context.py, checkpoints.py": (
         r"^\s*(from|import)\s+transformers\b|import_module\(.transformers",
         "flash_models/",

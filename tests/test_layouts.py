@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_models import layouts
+from flash_models import _layout_ops, layouts
 from flash_models._block_layout import work_items
 from flash_models.layouts import from_block_mask, from_config, grid_2d, local, local_global, tile_order
 
@@ -237,11 +237,18 @@ def build_all(device):
 
 def test_built_without_a_sort_or_a_wait(device):
     """No operator that sorts, and none whose result the host must read: those do not run without data either."""
+
+    def plain(device):
+        start, _ = _layout_ops._block_lists(torch.ones(1, 4, 4, dtype=torch.bool, device=device), 16, False)
+        _layout_ops._work_items(start, 2, 8)
+
     with Ops() as ops:
         build_all(device)
-    assert "searchsorted" in ops.names
+        plain(device)
+    assert ops.names >= {"block_lists", "work_items", "searchsorted"}
     assert not ops.names & {"sort", "argsort", "topk", "unique", "nonzero", "_local_scalar_dense", "masked_select"}
     build_all("meta")
+    plain("meta")
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -80,9 +80,6 @@ __device__ __forceinline__ uint64_t multiply_wide(uint32_t a, uint32_t b) {
   return product;
 }
 
-// Makes x a value that the compiler knows nothing about and computes nothing from ahead of time.
-__device__ __forceinline__ void forget(uint32_t& x) { asm volatile("" : "+r"(x)); }
-
 // "Data Movement: prmt". Each byte of the result repeats the sign bit of the byte of x that the nibble of kSelector,
 // less 8, numbers.
 template <uint32_t kSelector>

@@ -56,8 +56,10 @@ struct AttentionProblem {
   int64_t block_size = 0;
 
   const int64_t* rng_state = nullptr;  // (2): seed, offset; nullptr without dropout
-  uint32_t dropout_threshold = 0;      // a byte below it is dropped
-  float keep_scale = 1.0f;             // 256 / (256 - dropout_threshold)
+  // A byte below the threshold is dropped. For each of its bits, the highest first, all ones where it is 0: constants
+  // that the kernels take as operands.
+  uint32_t threshold_zeros[8] = {};
+  float keep_scale = 1.0f;  // 256 / (256 - threshold)
 
   float scale = 1.0f;
   bool causal = false;

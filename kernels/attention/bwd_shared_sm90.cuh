@@ -66,7 +66,7 @@ struct BackwardShared {
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = kWarps * ptx::kWarpArrivals;
-    constexpr int kNoteReaders = kReaders + (Config::kDropout ? kDrawers * ptx::kWarpArrivals : 0);  // of K's and Q's
+    constexpr int kNoteReaders = kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of K's and Q's
     ptx::mbarrier_init(raw(), 1);
     for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), kReaders);
     for (int stage = 0; stage < 2; ++stage) {

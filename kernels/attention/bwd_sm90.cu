@@ -2,7 +2,7 @@
 //
 // Backward pass for Hopper (sm_90a; arXiv 2205.14135, Algorithm 4), after bwd_rows.cu two launches:
 //   1. A CTA takes tiles of 64 * kWarpgroups keys, one after the other, and walks the query tiles that see them. One
-//      warp is the producer, with dropout three others draw (draw.cuh), and a consumer warpgroup owns 64 keys. Scores
+//      warp is the producer, with dropout its warpgroup draws (draw.cuh), and a consumer warpgroup owns 64 keys. Scores
 //      are computed transposed, so that P^T and dS^T lie in registers as the A operands of the products that follow;
 //      dS^T alone also goes to shared memory, where dQ needs it from all keys:
 //        S^T  = K Q^T        P^T  = exp2(scale log2(e) S^T - shift)      dV += P^T dO
@@ -59,12 +59,33 @@ struct Schedule {
   }
 };
 
+// What is kept of one tile of transposed scores after the other, by a drawer.
+template <typename T, typename Config>
+struct Drawer {
+  static constexpr int kGroups = Config::kTileK / 32, kWords = Config::kTileQ / 32;
+  static constexpr int kShare = kGroups * kWords / kDrawers, kBlock = std::max(1, kShare);  // row patches an item
+  const BackwardShared<T, Config> shared;
+  const int lane = ptx::lane_id();
+  Ring<Config::kKeptStages> drawn;
+
+  __device__ __forceinline__ void operator()(const Dropout& dropout, int tile, int first_query) {
+    shared.kept().fill(drawn, kGroups * kWords / kBlock, [&](int item) {  // 32 kBlock queries x 32 keys
+      const int group = item % kGroups, first = item / kGroups * kBlock, col_patch = tile * kGroups + group;
+#pragma unroll
+      for (int i = first; i < first + kBlock; ++i)
+        shared.kept().word(drawn.stage, group, i, lane) =
+            transposed(dropout.kept(first_query / 32 + i, col_patch, lane));
+    });
+  }
+};
+
 template <typename T, typename Config>
 __device__ __forceinline__ void produce(const AttentionProblem& p, const AttentionGradients& g,
                                         const BackwardMaps& maps, const Schedule& schedule) {
   constexpr int kTileQ = Config::kTileQ;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
   Producer producer{shared.raw()};
+  Drawer<T, Config> drawer{shared};
   Ring<Config::kStages> ring;
   Ring<2> keys;
   Ring<1> values;
@@ -78,6 +99,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
     const int lo = tile.visible.lo - tile.k0, hi = tile.visible.hi - tile.k0;
     const int64_t rows = padded_row(p, tile.s, work.place.batch, head);
     const Tiles walk = query_tiles(p, tile.s, tile.visible, work.piece, tile.k0, Config::kTileK, kTileQ);
+    const Dropout dropout(p, work.place.batch * p.heads + head);
     int position = walk.next(0);
 
     ptx::mbarrier_wait(shared.k_empty(keys.stage), keys.parity ^ 1);
@@ -104,6 +126,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
       producer.load(shared.q(stage), maps.q, shared.q_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
       ptx::mbarrier_wait(shared.dout_empty(stage), ring.parity ^ 1);
       producer.load(shared.dout(stage), maps.dout, shared.dout_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
+      if constexpr (Config::kDropout) drawer(dropout, work.place.tile, q0);
     }
   }
   ptx::mbarrier_wait(shared.k_empty(keys.stage), keys.parity ^ 1);
@@ -114,22 +137,10 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
 }
 
 template <typename T, typename Config>
-__device__ __forceinline__ void draw(const AttentionProblem& p) {
-  constexpr int kGroups = Config::kTileK / 32, kWords = Config::kTileQ / 32;
+__device__ __forceinline__ void follow(const AttentionProblem& p) {
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
-  const int lane = ptx::lane_id();
-  Ring<Config::kKeptStages> drawn;
-  auto visit = [&](const Dropout& dropout, int tile, int first_query) {
-    shared.kept().fill(drawn, kGroups * kWords / 2, [&](int item) {  // 64 queries x 32 keys
-      const int group = item % kGroups, first = item / kGroups * 2;
-      const int row_patch = first_query / 32 + first, col_patch = tile * kGroups + group;
-      const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
-                                   dropout.kept(row_patch + 1, col_patch, lane)};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) shared.kept().word(drawn.stage, group, first + i, lane) = transposed(patches[i]);
-    });
-  };
-  follow(p, shared.notes(), shared.k_full(0), shared.k_empty(0), shared.q_full(0), shared.q_empty(0), visit);
+  follow_notes(p, shared.notes(), shared.k_full(0), shared.k_empty(0), shared.q_full(0), shared.q_empty(0),
+               Drawer<T, Config>{shared});
 }
 
 template <typename T, typename Config>
@@ -311,7 +322,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (threadIdx.x < 32)
       produce<T, Config>(p, g, maps, schedule);
     else if constexpr (Config::kDropout)
-      draw<T, Config>(p);
+      follow<T, Config>(p);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
     consume<T, Config>(p, g);

@@ -62,7 +62,7 @@ Head make_head(const AttentionProblem& p, const AttentionGradients* g, int64_t b
   h.rows = list_of(p.rows, index), h.columns = list_of(p.columns, index);
   h.block_size = p.block_size;
   h.batch_head = batch_head;
-  h.rng_state = p.rng_state, h.dropout_threshold = p.dropout_threshold, h.keep_scale = p.keep_scale;
+  h.rng_state = p.rng_state, h.threshold_zeros = p.threshold_zeros, h.keep_scale = p.keep_scale;
   return h;
 }
 

@@ -41,7 +41,7 @@ struct Patch {
 // 0 or keep_scale for `lanes` own tokens from own_begin and kRowTokens others from `grid`.
 template <Side kOwn>
 inline void dropout_factors(const Head& head, int64_t own_begin, int64_t lanes, int64_t grid, float* factors) {
-  const Dropout dropout(head.rng_state, head.batch_head, head.dropout_threshold);
+  const Dropout dropout(head.rng_state, head.batch_head, head.threshold_zeros);
   Patch patch;
   patch.scale = head.keep_scale;
   for (int64_t own = 0; own < lanes; own += 32) {

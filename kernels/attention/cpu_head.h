@@ -38,7 +38,7 @@ struct Head {
 
   int64_t batch_head = 0;  // of the whole batch: batch * heads + head, a word of the dropout counter
   const int64_t* rng_state = nullptr;
-  uint32_t dropout_threshold = 0;
+  const uint32_t* threshold_zeros = nullptr;
   float keep_scale = 1.0f;
 };
 

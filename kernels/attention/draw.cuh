@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Who draws for dropout on Hopper: the three warps of the producer's warpgroup that copy nothing. They follow the
-// producer's notes as the consumers do, decide a tile ahead what is kept, and hand it over through shared memory, a bit
-// an element. So a consumer's chain of products and exponentials is hardly longer than without dropout.
+// Who draws for dropout on Hopper: the four warps of the producer's warpgroup, one on each scheduler of the SM. The
+// producer draws its share when it has sent for a tile; the three others follow its notes as the consumers do. They
+// decide a tile ahead what is kept and hand it over through shared memory, a bit an element. So a consumer's chain of
+// products and exponentials is hardly longer than without dropout.
 #pragma once
 
 #include "dropout.cuh"
@@ -12,7 +13,7 @@
 
 namespace flash_models {
 
-constexpr int kDrawers = 3;  // warps 1 .. 3 of the producer's warpgroup
+constexpr int kDrawers = 4, kFollowers = kDrawers - 1;  // all but the producer follow its notes
 
 // The bits in shared memory: kWords words a lane for each of kGroups groups of rows, in kStages stages; kReaders
 // consumer warps read them.
@@ -44,23 +45,25 @@ struct KeptBits {
     ring.advance();
   }
 
-  // By a drawer: `draw(item)` writes one of the tile's `items` items; the drawers share them. An item is two patches,
-  // or four calls of Philox side by side: each alone is one chain of dependent instructions.
+  // By a drawer: `draw(item)` writes one of the tile's `items` items; the drawers share them. An item is a block of
+  // patches: calls of Philox for the same rows or columns have their first rounds in common, and side by side they hide
+  // that each is one chain of dependent instructions.
   template <typename Draw>
   __device__ __forceinline__ void fill(Ring<kStages>& ring, int items, Draw draw) const {
     ptx::mbarrier_wait(empty(ring.stage), ring.parity ^ 1);
-    for (int item = threadIdx.x % 128 / 32 - 1; item < items; item += kDrawers) draw(item);
+    for (int item = threadIdx.x % 128 / 32; item < items; item += kDrawers) draw(item);
     ptx::mbarrier_arrive_warp(full(ring.stage));
     ring.advance();
   }
 };
 
-// The producer's notes from first to last, by a drawer: `visit(dropout, tile, first)` with the draws of the head, the
+// The producer's notes from first to last, by a follower: `visit(dropout, tile, first)` with the draws of the head, the
 // number of the tile and the first token of what passes by, plus 1 at the last. Of each barrier the address of stage
 // 0's: tile_full and tile_empty guard the notes of tiles, step_full and step_empty those of what passes by.
 template <int kStages, typename Visit>
-__device__ __forceinline__ void follow(const AttentionProblem& p, const Notes<kStages>& notes, uint32_t tile_full,
-                                       uint32_t tile_empty, uint32_t step_full, uint32_t step_empty, Visit visit) {
+__device__ __forceinline__ void follow_notes(const AttentionProblem& p, const Notes<kStages>& notes, uint32_t tile_full,
+                                             uint32_t tile_empty, uint32_t step_full, uint32_t step_empty,
+                                             Visit visit) {
   Ring<2> tiles;
   Ring<kStages> steps;
   while (true) {

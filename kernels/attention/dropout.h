@@ -40,28 +40,19 @@ struct Philox {
 
 // The draws of one head.
 struct Dropout {
+  const uint32_t* zeros;  // AttentionProblem::threshold_zeros
   uint64_t seed = 0;
-  uint32_t offset = 0, batch_head = 0;
-  uint32_t zeros[8];  // all ones for each bit of the threshold, the highest first, that is 0
+  uint32_t offset = 0, batch_head;
 
-  FM_HOST_DEVICE Dropout(const int64_t* rng_state, int64_t batch_head, uint32_t threshold)
-      : batch_head(static_cast<uint32_t>(batch_head)) {
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-    for (int bit = 0; bit < 8; ++bit) {
-      zeros[bit] = threshold >> (7 - bit) & 1 ? 0u : ~0u;
-#ifdef __CUDA_ARCH__
-      ptx::forget(zeros[bit]);  // or the majority below is no single LOP3
-#endif
-    }
+  FM_HOST_DEVICE Dropout(const int64_t* rng_state, int64_t batch_head, const uint32_t* threshold_zeros)
+      : zeros(threshold_zeros), batch_head(static_cast<uint32_t>(batch_head)) {
     if (rng_state == nullptr) return;
     seed = static_cast<uint64_t>(rng_state[0]);
     offset = static_cast<uint32_t>(rng_state[1]);
   }
 
   FM_HOST_DEVICE Dropout(const AttentionProblem& p, int64_t batch_head)
-      : Dropout(p.rng_state, batch_head, p.dropout_threshold) {}
+      : Dropout(p.rng_state, batch_head, p.threshold_zeros) {}
 
   // One lane's share of patch (row / 32, col / 32), a bit for each element that is kept. Element (row, col) belongs to
   // lane (row % 8) * 4 + (col % 8) / 2; its bit is number 7 - (row % 32 / 16 * 4 + col % 32 / 8) of byte

@@ -52,7 +52,7 @@ struct ForwardShared {
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = 4 * Config::kWarpgroups * ptx::kWarpArrivals;
-    constexpr int kNoteReaders = kReaders + (Config::kDropout ? kDrawers * ptx::kWarpArrivals : 0);  // of Q's and K's
+    constexpr int kNoteReaders = kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of Q's and K's
     ptx::mbarrier_init(raw(), 1);
     for (int stage = 0; stage < 2; ++stage) {
       ptx::mbarrier_init(q_full(stage), 1);

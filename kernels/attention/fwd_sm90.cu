@@ -4,7 +4,7 @@
 // the warp specialisation and the two overlaps of FlashAttention-3 (arXiv 2407.08608, Sections 3.1 and 3.2).
 //
 // A CTA owns a tile of 64 * kWarpgroups queries of one head at a time. One warp is the producer: it keeps the rings of
-// K and V tiles full; with dropout three others draw (draw.cuh). Each of kWarpgroups consumers owns 64 rows and all
+// K and V tiles full; with dropout its warpgroup draws (draw.cuh). Each of kWarpgroups consumers owns 64 rows and all
 // keys:
 //
 //   consumer 1   S1 = Q K1^T, O += P0 V0 | softmax S1             | S2 = Q K2^T, O += P1 V1 | softmax S2 ...
@@ -78,11 +78,39 @@ struct Turns {
   }
 };
 
+// What is kept of one tile of scores after the other, by a drawer.
+template <typename T, typename Config>
+struct Drawer {
+  static constexpr int kWords = Config::kTileK / 64, kRowPatches = Config::kTileQ / 32;
+  static constexpr int kShare = kWords * kRowPatches / kDrawers, kBlock = std::max(1, kShare);  // row patches an item
+  const ForwardShared<T, Config> shared;
+  const int lane = ptx::lane_id();
+  Ring<2> drawn;
+
+  __device__ __forceinline__ void operator()(const Dropout& dropout, int tile, int first_key) {
+    shared.kept().fill(drawn, kWords * kRowPatches / kBlock, [&](int item) {  // 32 kBlock queries x 64 keys
+      const int part = item % kWords, first = item / kWords * kBlock, col_patch = first_key / 32 + 2 * part;
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        const int row_patch = tile * kRowPatches + first + i;
+        const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
+                                     dropout.kept(row_patch, col_patch + 1, lane)};
+        uint32_t words[2];
+        KeepPacked<8>::split(patches, words);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          shared.kept().word(drawn.stage, 2 * (first + i) + half, part, lane) = words[half];
+      }
+    });
+  }
+};
+
 template <typename T, typename Config>
 __device__ __forceinline__ void produce(const AttentionProblem& p, const ForwardMaps& maps, const Schedule& schedule) {
   using Shared = ForwardShared<T, Config>;
   const Shared shared{ptx::swizzled_shared()};
   Producer producer{shared.raw()};
+  Drawer<T, Config> drawer{shared};
   Ring<2> queries;
   Ring<Config::kStages> ring;
   for (int number = schedule.first(); number < schedule.count; number = schedule.next(number)) {
@@ -101,6 +129,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
     producer.load(shared.q(queries.stage), maps.q, shared.q_full(queries.stage),
                   static_cast<int>(tile.s.q_begin) + tile.q0, head, batch);
     queries.advance();
+    const Dropout dropout(p, work.place.batch * p.heads + head);
     while (position < walk.count) {
       const int k0 = walk.tile(position) * Config::kTileK;
       position = walk.next(position + 1);
@@ -111,6 +140,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
       producer.load(shared.v(ring.stage), maps.v, shared.v_full(ring.stage), key_begin + k0, head, batch,
                     tile.visible.lo - k0, tile.visible.hi - k0);
       ring.advance();
+      if constexpr (Config::kDropout) drawer(dropout, work.place.tile, k0);
     }
   }
   ptx::mbarrier_wait(shared.q_empty(queries.stage), queries.parity ^ 1);
@@ -121,24 +151,10 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
 }
 
 template <typename T, typename Config>
-__device__ __forceinline__ void draw(const AttentionProblem& p) {
+__device__ __forceinline__ void follow(const AttentionProblem& p) {
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
-  constexpr int kWords = Config::kTileK / 64;  // a lane's of a consumer's rows
-  const int lane = ptx::lane_id();
-  Ring<2> drawn;
-  auto visit = [&](const Dropout& dropout, int tile, int first_key) {
-    shared.kept().fill(drawn, 2 * Config::kWarpgroups * kWords, [&](int item) {  // 32 queries x 64 keys
-      const int pair = item / kWords, part = item % kWords;
-      const int row_patch = tile * (Config::kTileQ / 32) + pair, col_patch = first_key / 32 + 2 * part;
-      const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
-                                   dropout.kept(row_patch, col_patch + 1, lane)};
-      uint32_t words[2];
-      KeepPacked<8>::split(patches, words);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) shared.kept().word(drawn.stage, 2 * pair + i, part, lane) = words[i];
-    });
-  };
-  follow(p, shared.notes(), shared.q_full(0), shared.q_empty(0), shared.k_full(0), shared.k_empty(0), visit);
+  follow_notes(p, shared.notes(), shared.q_full(0), shared.q_empty(0), shared.k_full(0), shared.k_empty(0),
+               Drawer<T, Config>{shared});
 }
 
 template <typename T, typename Config>
@@ -276,7 +292,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     if (threadIdx.x < 32)
       produce<T, Config>(p, maps, schedule);
     else if constexpr (Config::kDropout)
-      draw<T, Config>(p);
+      follow<T, Config>(p);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
     consume<T, Config>(p);
@@ -288,7 +304,8 @@ void launch_forward(const AttentionProblem& p) {
   using Shared = ForwardShared<T, Config>;
   const ForwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
                          key_map<typename Shared::Key>(p, p.v)};
-  const bool listed = p.rows.start != nullptr, equal = !listed && p.cu_seqlens_q == nullptr && p.kv_range == nullptr;
+  // Of a padded batch a CTA's tiles lie in all its sequences, which evens out their lengths.
+  const bool listed = p.rows.start != nullptr, equal = !listed && p.cu_seqlens_q == nullptr;
   const bool pairs = equal && p.causal;
   const int64_t query_tiles = ceil_div(p.seqlen_q, Config::kTileQ);
   const int64_t units = listed ? ListedWork::count(p, p.rows, p.row_items.count)

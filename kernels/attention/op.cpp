@@ -7,12 +7,6 @@
 
 #include <cmath>
 
-#ifdef FLASH_MODELS_CUDA
-// Weak, because a torch without CUDA does not have it; there no CUDA tensor can reach the call.
-#pragma weak aoti_torch_get_current_cuda_stream
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-#endif
-
 namespace flash_models {
 namespace {
 
@@ -158,16 +152,15 @@ AttentionProblem make_problem(const Arguments& a) {
                         a.rng_state->scalar_type() == ScalarType::Long && a.rng_state->get_device() == a.q.get_device(),
                     "flash_models: dropout needs rng_state, two int64 on the device of q");
     const double threshold = std::round(256.0 * a.dropout_p);
-    p.dropout_threshold = threshold >= 255.0 ? 255u : static_cast<uint32_t>(threshold);
-    p.keep_scale = 256.0f / static_cast<float>(256u - p.dropout_threshold);
-    if (p.dropout_threshold > 0) p.rng_state = pointer_or_null<int64_t>(a.rng_state);
+    const uint32_t byte = threshold >= 255.0 ? 255u : static_cast<uint32_t>(threshold);
+    for (int bit = 0; bit < 8; ++bit) p.threshold_zeros[bit] = byte >> (7 - bit) & 1 ? 0u : ~0u;
+    p.keep_scale = 256.0f / static_cast<float>(256u - byte);
+    if (byte > 0) p.rng_state = pointer_or_null<int64_t>(a.rng_state);
   }
   p.scale = static_cast<float>(a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(p.head_dim)));
   p.causal = a.causal;
   p.deterministic = a.deterministic;
-#ifdef FLASH_MODELS_CUDA
-  if (a.q.is_cuda()) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(a.q.get_device(), &p.stream));
-#endif
+  p.stream = stream_of(a.q);
   return p;
 }
 
@@ -222,8 +215,7 @@ using Scratch = BackwardScratch (*)(const AttentionProblem&);
 template <Forward kForward, ForwardScratch kScratch>
 void attention_fwd(StableIValue* values, uint64_t, uint64_t) {
   Arguments a{values};
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (a.q.is_cuda()) guard.emplace(a.q.get_device_index());
+  const auto guard = on_device_of(a.q);
   for (Tensor* t : {&a.q, &a.k, &a.v}) align(*t);
   AttentionProblem p = make_problem(a);
   const Tensor out = result_on(a.q, query_shape(p), a.q.scalar_type(), a.packed());
@@ -246,8 +238,7 @@ void attention_bwd(StableIValue* values, uint64_t, uint64_t) {
   Tensor dout = stack.take<Tensor>(), out = stack.take<Tensor>();
   const Tensor lse = stack.take<Tensor>();
   Arguments a{stack};
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (a.q.is_cuda()) guard.emplace(a.q.get_device_index());
+  const auto guard = on_device_of(a.q);
   for (Tensor* t : {&a.q, &a.k, &a.v, &out, &dout}) align(*t);
   AttentionProblem p = make_problem(a);
   const ScalarType dtype = a.q.scalar_type();

@@ -129,6 +129,12 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
   });
 }
 
+inline int __shfl_up_sync(unsigned, int x, int distance) {
+  return emulation::warp_instruction<int, int>(x, [distance](const int* in, int* out) {
+    for (int lane = 0; lane < 32; ++lane) out[lane] = in[lane < distance ? lane : lane - distance];
+  });
+}
+
 inline int __shfl_sync(unsigned, int x, int lane) {
   return emulation::warp_instruction<int, int>(x,
                                                [lane](const int* in, int* out) { std::fill(out, out + 32, in[lane]); });

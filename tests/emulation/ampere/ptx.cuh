@@ -75,8 +75,6 @@ inline uint32_t movmatrix_transposed(uint32_t x) {
   });
 }
 
-inline void forget(uint32_t&) {}
-
 template <uint32_t kSelector>
 uint32_t byte_signs(uint32_t x) {
   uint32_t y = 0;

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two ops that make block layouts: lists from a mask of blocks, and work items from lists.
+
+Here in plain PyTorch, for CPUs and for libraries without CUDA kernels; kernels/layout has the same for CUDA, where these
+would be some seventy kernels. Either way without a sort and without waiting for the device.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ._library import fragment, has_kernel
+
+
+def _block_lists(mask, max_listed, transposed):
+    """A scan and a binary search: what is not listed costs one byte and one int32 of scratch memory."""
+    mask = mask.transpose(1, 2) if transposed else mask
+    heads, rows, cols = mask.shape
+    listed = mask.flatten().cumsum(0, dtype=torch.int32)  # blocks listed up to and with each one
+    row_ends = listed.view(heads * rows, cols)[:, -1]
+    start = F.pad(row_ends, (1, 0)).unfold(0, rows + 1, rows).contiguous()
+    number = torch.arange(1, max_listed + 1, dtype=torch.int32, device=mask.device)
+    # the n-th listed block is the first up to which n are listed; past the last one this gives a multiple of cols
+    index = torch.searchsorted(listed, number, out_int32=True) % cols
+    return start, index
+
+
+def _work_items(start, max_blocks, max_partial):
+    lines = start.shape[0] * (start.shape[1] - 1)
+    begin, length = start[:, :-1].flatten().long(), start.diff(dim=1).flatten().long()
+    pieces = ((length + max_blocks - 1) // max_blocks).clamp(min=1)
+    partial = torch.where(pieces > 1, pieces, 0)
+    whole = (pieces > 1) & (partial.cumsum(0) > max_partial)  # lines after the last that fits, longer ones or not
+    pieces, partial = pieces.masked_fill(whole, 1), partial.masked_fill(whole, 0)
+    item_end, slot_end = pieces.cumsum(0), partial.cumsum(0)
+
+    item = torch.arange(lines + max_partial, device=start.device)
+    line = torch.searchsorted(item_end, item, right=True)
+    spare = line == lines
+    line = line.clamp(max=lines - 1)
+    of_line = pieces[line]
+    piece = item - (item_end[line] - of_line)
+    first = begin[line] + length[line] * piece // of_line
+    last = begin[line] + length[line] * (piece + 1) // of_line
+    slot = torch.where(of_line == 1, -1, slot_end[line] - of_line + piece)
+    items = line.masked_fill(spare, -1), first.masked_fill(spare, 0), last.masked_fill(spare, 0)
+    return torch.stack([*items, slot.masked_fill(spare, -1)], 1).int()
+
+
+for _op, _implementation in (("block_lists", _block_lists), ("work_items", _work_items)):
+    fragment.impl(_op, _implementation, "CPU")
+    if not has_kernel("CUDA", _op):
+        fragment.impl(_op, _implementation, "CUDA")
+
+block_lists = torch.ops.flash_models.block_lists.default
+work_items = torch.ops.flash_models.work_items.default
+
+
+@torch.library.register_fake("flash_models::block_lists")
+def _(mask, max_listed, transposed):
+    heads, rows, cols = mask.shape
+    return mask.new_empty(heads, (cols if transposed else rows) + 1, dtype=torch.int32), mask.new_empty(
+        max_listed, dtype=torch.int32
+    )
+
+
+@torch.library.register_fake("flash_models::work_items")
+def _(start, max_blocks, max_partial):
+    return start.new_empty(start.shape[0] * (start.shape[1] - 1) + max_partial, 4)

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What makes the lists of a block layout on a GPU; _layout_ops.py says what they hold.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_models {
+
+// A mask of blocks, (heads, lines, length) bytes, 0 or 1; a line is a row of blocks or, transposed, a column.
+struct BlockMask {
+  const uint8_t* data;
+  int64_t heads, lines, length;
+  int64_t head_stride, line_stride, stride;  // elements
+
+  int64_t count() const { return heads * lines; }
+};
+
+// start (heads, lines + 1) and index (max_listed), from counts, scratch memory of an int32 for each line.
+void block_lists_cuda(const BlockMask& mask, int64_t max_listed, int32_t* counts, int32_t* start, int32_t* index,
+                      void* stream);
+
+// items (heads * lines + max_partial, 4), from start (heads, lines + 1).
+void work_items_cuda(const int32_t* start, int64_t heads, int64_t lines, int64_t max_blocks, int64_t max_partial,
+                     int32_t* items, void* stream);
+
+}  // namespace flash_models

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Lists of the blocks of a mask, and of the work that they are, in four launches: what takes 72 in plain PyTorch.
+//
+//   count     a warp a line: its blocks
+//   scan      one CTA: where each line begins
+//   fill      a warp a line: the numbers of its blocks, in order
+//   items     one CTA: the pieces of every line
+#include "ampere/launch.cuh"
+#include "ampere/ptx.cuh"
+#include "layout.h"
+
+namespace flash_models {
+namespace {
+
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+
+// The sum of x over the threads before this one, and over all threads in `total`. By a whole CTA.
+__device__ __forceinline__ int scan(int x, int& total) {
+  int* warps = static_cast<int*>(__cvta_shared_to_generic(ptx::dynamic_shared()));
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int sum = x;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int before = __shfl_up_sync(~0u, sum, distance);
+    if (lane >= distance) sum += before;
+  }
+  __syncthreads();  // whoever still reads the sums of the call before
+  if (lane == 31) warps[warp] = sum;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) before += warps[i];
+    total += warps[i];
+  }
+  return before + sum - x;
+}
+
+// The line of a warp, and its blocks, 32 at a time.
+struct Line {
+  const uint8_t* data;
+  int64_t length, stride;
+  int number;
+  bool exists;
+
+  __device__ __forceinline__ explicit Line(const BlockMask& mask)
+      : data(nullptr), length(0), stride(mask.stride), number(blockIdx.x * kWarps + threadIdx.x / 32),
+        exists(number < mask.heads * mask.lines) {
+    if (!exists) return;
+    data = mask.data + number / mask.lines * mask.head_stride + number % mask.lines * mask.line_stride;
+    length = mask.length;
+  }
+
+  // A bit for each of the blocks first .. first + 31 that is listed.
+  __device__ __forceinline__ uint32_t listed(int64_t first) const {
+    const int64_t block = first + threadIdx.x % 32;
+    return __ballot_sync(~0u, block < length && data[block * stride] != 0);
+  }
+};
+
+__global__ void __launch_bounds__(kThreads) block_lists_count(const BlockMask mask, int32_t* counts) {
+  const Line line(mask);
+  int count = 0;
+  for (int64_t first = 0; first < line.length; first += 32) count += __popc(line.listed(first));
+  if (line.exists && threadIdx.x % 32 == 0) counts[line.number] = count;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    block_lists_scan(const int32_t* counts, int64_t heads, int64_t lines, int32_t* start) {
+  int before = 0;
+  for (int64_t first = 0; first < heads * lines; first += kThreads) {
+    const int64_t line = first + threadIdx.x;
+    const int count = line < heads * lines ? counts[line] : 0;
+    int total;
+    const int begin = before + scan(count, total);
+    before += total;
+    if (line >= heads * lines) continue;
+    int32_t* here = start + line + line / lines;  // a head has one entry more than lines
+    here[0] = begin;
+    if (line % lines == lines - 1) here[1] = begin + count;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    block_lists_fill(const BlockMask mask, const int32_t* start, int64_t max_listed, int32_t* index) {
+  const Line line(mask);
+  const int lane = threadIdx.x % 32;
+  int64_t place = line.exists ? start[line.number + line.number / mask.lines] : 0;
+  for (int64_t first = 0; first < line.length; first += 32) {
+    const uint32_t listed = line.listed(first);
+    const int64_t mine = place + __popc(listed & ((1u << lane) - 1));
+    if (listed >> lane & 1 && mine < max_listed) index[mine] = static_cast<int32_t>(first + lane);
+    place += __popc(listed);
+  }
+  const int64_t spare = start[mask.heads * (mask.lines + 1) - 1] + int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  for (int64_t i = spare; i < max_listed; i += int64_t{gridDim.x} * kThreads) index[i] = 0;
+}
+
+__global__ void __launch_bounds__(kThreads) layout_work_items(const int32_t* start, int64_t heads, int64_t lines,
+                                                              int64_t max_blocks, int64_t max_partial, int4* items) {
+  int items_before = 0, slots_before = 0;
+  const int64_t count = heads * lines;
+  for (int64_t first_line = 0; first_line < count; first_line += kThreads) {
+    const int64_t line = first_line + threadIdx.x;
+    int64_t begin = 0, length = 0;
+    if (line < count) {
+      const int32_t* here = start + line + line / lines;
+      begin = here[0], length = here[1] - begin;
+    }
+    int pieces = line < count ? static_cast<int>(max(int64_t{1}, (length + max_blocks - 1) / max_blocks)) : 0, total;
+    const int partial = pieces > 1 ? pieces : 0;
+    int slot = slots_before + scan(partial, total);
+    slots_before += total;
+    if (slot + partial > max_partial) pieces = min(pieces, 1);  // no slots are left: it stays whole
+    const int item = items_before + scan(pieces, total);
+    items_before += total;
+    for (int piece = 0; piece < pieces; ++piece)
+      items[item + piece] = {static_cast<int>(line), static_cast<int>(begin + length * piece / pieces),
+                             static_cast<int>(begin + length * (piece + 1) / pieces), pieces > 1 ? slot + piece : -1};
+  }
+  for (int64_t item = items_before + threadIdx.x; item < count + max_partial; item += kThreads)
+    items[item] = {-1, 0, 0, -1};
+}
+
+}  // namespace
+
+void block_lists_cuda(const BlockMask& mask, int64_t max_listed, int32_t* counts, int32_t* start, int32_t* index,
+                      void* stream) {
+  const int64_t ctas = (mask.count() + kWarps - 1) / kWarps;
+  launch<block_lists_count, 0>("block_lists_count", ctas, kThreads, stream, mask, counts);
+  launch<block_lists_scan, 4 * kWarps>("block_lists_scan", 1, kThreads, stream, counts, mask.heads, mask.lines, start);
+  launch<block_lists_fill, 0>("block_lists_fill", ctas, kThreads, stream, mask, start, max_listed, index);
+}
+
+void work_items_cuda(const int32_t* start, int64_t heads, int64_t lines, int64_t max_blocks, int64_t max_partial,
+                     int32_t* items, void* stream) {
+  launch<layout_work_items, 4 * kWarps>("layout_work_items", 1, kThreads, stream, start, heads, lines, max_blocks,
+                                        max_partial, reinterpret_cast<int4*>(items));
+}
+
+}  // namespace flash_models
