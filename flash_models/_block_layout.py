@@ -123,14 +123,16 @@ def block_shape(seqlen_q, seqlen_k, block_size, heads=1):
 
 
 def layout_of_mask(
-    mask, seqlen_q, seqlen_k, block_size, *, max_listed=None, symmetric=False, name="block mask", full=False
-):
-    """The layout that lists the True blocks of `mask`, bool (Hl, nq, nk).
+    mask, seqlen_q, seqlen_k, block_size, *, max_listed=None, symmetric=False, name="block mask", full=False,
+    reach=-1, global_blocks=0,
+):  # fmt: skip
+    """The layout that lists the True blocks of `mask`, bool (Hl, nq, nk), those at most `reach` blocks from the
+    diagonal, and the first `global_blocks` rows and columns.
 
     max_listed: an upper bound of their number; all blocks if None. `symmetric`: the mask is its own transpose, so that
-    rows and columns share their lists. `full`: all blocks are True.
+    rows and columns share their lists. `full`: all blocks are listed.
     """
     max_listed = mask.numel() if max_listed is None else min(max_listed, mask.numel())
-    rows = block_lists(mask, max_listed, False)
-    columns = rows if symmetric else block_lists(mask, max_listed, True)
+    rows = block_lists(mask, max_listed, False, reach, global_blocks)
+    columns = rows if symmetric else block_lists(mask, max_listed, True, reach, global_blocks)
     return with_work_items(BlockLayout(block_size, seqlen_q, seqlen_k, *rows, *columns, max_listed, (name,), full))

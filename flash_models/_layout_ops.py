@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two ops that make block layouts: lists from a mask of blocks, and work items from lists.
 
-Here in plain PyTorch, for CPUs and for libraries without CUDA kernels; kernels/layout has the same for CUDA, where these
-would be some seventy kernels. Either way without a sort and without waiting for the device.
+Here in plain PyTorch, for CPUs and for libraries without CUDA kernels; kernels/layout has the same for CUDA, where
+these would be some seventy kernels. Either way without a sort and without waiting for the device.
+
+block_lists: lists, as in `BlockLayout`, of the True blocks of a mask, bool (Hl, rows, cols), of the blocks at most
+`reach` from the diagonal, and of the first `global_blocks` rows and columns; at most `max_listed` of them. Of rows of
+blocks, or with `transposed` of columns. work_items: as of `make_schedule`.
 """
 
 import torch
@@ -11,10 +15,14 @@ import torch.nn.functional as F
 from ._library import fragment, has_kernel
 
 
-def _block_lists(mask, max_listed, transposed):
+def _block_lists(mask, max_listed, transposed, reach, global_blocks):
     """A scan and a binary search: what is not listed costs one byte and one int32 of scratch memory."""
     mask = mask.transpose(1, 2) if transposed else mask
     heads, rows, cols = mask.shape
+    if reach >= 0 or global_blocks:
+        row = torch.arange(rows, dtype=torch.int32, device=mask.device)[:, None]
+        col = torch.arange(cols, dtype=torch.int32, device=mask.device)
+        mask = mask | ((row - col).abs_() <= reach) | (row < global_blocks) | (col < global_blocks)
     listed = mask.flatten().cumsum(0, dtype=torch.int32)  # blocks listed up to and with each one
     row_ends = listed.view(heads * rows, cols)[:, -1]
     start = F.pad(row_ends, (1, 0)).unfold(0, rows + 1, rows).contiguous()
@@ -56,11 +64,10 @@ work_items = torch.ops.flash_models.work_items.default
 
 
 @torch.library.register_fake("flash_models::block_lists")
-def _(mask, max_listed, transposed):
-    heads, rows, cols = mask.shape
-    return mask.new_empty(heads, (cols if transposed else rows) + 1, dtype=torch.int32), mask.new_empty(
-        max_listed, dtype=torch.int32
-    )
+def _(mask, max_listed, transposed, reach, global_blocks):
+    lines = mask.shape[2 if transposed else 1]
+    start = mask.new_empty(mask.shape[0], lines + 1, dtype=torch.int32)
+    return start, mask.new_empty(max_listed, dtype=torch.int32)
 
 
 @torch.library.register_fake("flash_models::work_items")

@@ -28,7 +28,9 @@ _ARGUMENTS = (
 SCHEMAS = {
     "attention_fwd": f"({_ARGUMENTS}) -> (Tensor out, Tensor lse)",
     "attention_bwd": f"(Tensor dout, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor dq, Tensor dk, Tensor dv)",
-    "block_lists": "(Tensor mask, int max_listed, bool transposed) -> (Tensor start, Tensor index)",
+    "block_lists": (
+        "(Tensor mask, int max_listed, bool transposed, int reach, int global_blocks) -> (Tensor start, Tensor index)"
+    ),
     "work_items": "(Tensor start, int max_blocks, int max_partial) -> Tensor",
 }
 fragment = torch.library.Library("flash_models", "FRAGMENT")

@@ -39,11 +39,15 @@ def dense(seqlen_q, seqlen_k=None, *, block_size=128, device=None):
     return layout_of_mask(mask, seqlen_q, seqlen_k, block_size, symmetric=symmetric, name="dense", full=True)
 
 
-def _numbers(seqlen, block_size, device):
-    """Numbers of the blocks of a sequence, int32, as a column (n, 1) and as a row (n,)."""
+def _block_count(seqlen, block_size):
     check_block_size(block_size)
     check_length("seqlen", seqlen)
-    block = torch.arange(block_shape(seqlen, seqlen, block_size)[1], dtype=torch.int32, device=device)
+    return block_shape(seqlen, seqlen, block_size)[1]
+
+
+def _numbers(seqlen, block_size, device):
+    """Numbers of the blocks of a sequence, int32, as a column (n, 1) and as a row (n,)."""
+    block = torch.arange(_block_count(seqlen, block_size), dtype=torch.int32, device=device)
     return block[:, None], block
 
 
@@ -59,17 +63,16 @@ def _global_blocks(n_global, block_size):
     return -(-n_global // block_size)
 
 
-def _square_layout(mask, global_blocks, blocks_per_row, seqlen, block_size, *, reach=0, **options):
-    """The layout of `mask`, bool (n, n), written over, and global blocks.
+def _square_layout(mask, global_blocks, blocks_per_row, seqlen, block_size, *, reach=-1, **options):
+    """The layout of `mask`, bool (n, n), with a band of `reach` blocks to either side and with global blocks.
 
-    `blocks_per_row` bounds the mask's rows; `reach`: the mask holds the band of so many blocks to either side.
+    `blocks_per_row` bounds the rows of the mask and the band together.
     """
     n = mask.shape[0]
-    mask[:global_blocks] = True
-    mask[:, :global_blocks] = True
     global_blocks = min(global_blocks, n)
     max_listed = global_blocks * n + (n - global_blocks) * min(global_blocks + blocks_per_row, n)
     options["full"] = max(reach + 1, global_blocks) >= n
+    options.update(reach=reach, global_blocks=global_blocks)
     return layout_of_mask(mask[None], seqlen, seqlen, block_size, max_listed=max_listed, **options)
 
 
@@ -83,10 +86,10 @@ def local_global(seqlen, window, n_global, *, block_size=128, device=None):
 
     Both are rounded out to blocks: see `local`.
     """
-    row, col = _numbers(seqlen, block_size, device)
+    n = _block_count(seqlen, block_size)
     reach, global_blocks = _reach(window, block_size), _global_blocks(n_global, block_size)
     name = f"local_global, window {window}, {n_global} global tokens" if n_global else f"local, window {window}"
-    mask = (row - col).abs_() <= reach
+    mask = torch.zeros((), dtype=torch.bool, device=device).expand(n, n)
     return _square_layout(
         mask, global_blocks, 2 * reach + 1, seqlen, block_size, reach=reach, symmetric=True, name=name
     )
@@ -126,18 +129,16 @@ def bigbird(seqlen, window, n_global, n_random, seed=0, *, block_size=128, devic
     The random blocks lie outside of the band and the global blocks, where there are as many. They are a function of
     `seed`, the number of blocks and the other arguments. Give heads seeds of their own with `per_head`.
     """
-    row, col = _numbers(seqlen, block_size, device)
+    n = _block_count(seqlen, block_size)
     reach, global_blocks = _reach(window, block_size), _global_blocks(n_global, block_size)
     check_count("n_random", n_random)
     check_count("seed", seed)
-    n = len(col)
     mask = torch.zeros(n, n + 1, dtype=torch.bool, device=device)  # the last column takes what is no block
     if n_random:
         mask.scatter_(1, _random_blocks(n, reach, global_blocks, n_random, seed, device), True)
-    mask = mask[:, :n] | ((row - col).abs_() <= reach)
     name = f"bigbird, window {window}, {n_global} global tokens, {n_random} random blocks, seed {seed}"
     per_row = 2 * reach + 1 + n_random
-    return _square_layout(mask, global_blocks, per_row, seqlen, block_size, reach=reach, name=name)
+    return _square_layout(mask[:, :n], global_blocks, per_row, seqlen, block_size, reach=reach, name=name)
 
 
 def check_stride(stride, block_size):
@@ -158,10 +159,10 @@ def strided(seqlen, stride, *, block_size=128, device=None):
     row, col = _numbers(seqlen, block_size, device)
     check_stride(stride, block_size)
     step = stride // block_size
-    apart = (row - col).abs_()
-    mask = (apart <= step) | (apart % step == 0)
+    mask = (row - col) % step == 0
     per_row = 2 * step + 1 + len(col) // step
-    return _square_layout(mask, 0, per_row, seqlen, block_size, symmetric=True, name=f"strided, stride {stride}")
+    name = f"strided, stride {stride}"
+    return _square_layout(mask, 0, per_row, seqlen, block_size, reach=step, symmetric=True, name=name)
 
 
 def butterfly(seqlen, window=0, n_global=0, *, block_size=128, device=None):
@@ -175,11 +176,9 @@ def butterfly(seqlen, window=0, n_global=0, *, block_size=128, device=None):
     reach, global_blocks = _reach(window, block_size), _global_blocks(n_global, block_size)
     bits = row ^ col
     mask = (bits & (bits - 1)) == 0
-    if reach:
-        mask |= (row - col).abs_() <= reach
     per_row = 2 * reach + 1 + (len(col) - 1).bit_length()
     name = f"butterfly, window {window}, {n_global} global tokens"
-    return _square_layout(mask, global_blocks, per_row, seqlen, block_size, symmetric=True, name=name)
+    return _square_layout(mask, global_blocks, per_row, seqlen, block_size, reach=reach, symmetric=True, name=name)
 
 
 def _tile_shape(height, width, block_size):

@@ -178,9 +178,14 @@ def test_layouts_are_the_same(emulated, shape, transposed):
     generator = torch.Generator().manual_seed(sum(shape))
     mask = torch.rand(shape, generator=generator) < 0.4
     mask[:, 0], mask[0, -1] = True, False
-    for max_listed in (mask.numel(), int(mask.sum())):
-        lists = emulated.block_lists(mask, max_listed, transposed)
-        for got, expected in zip(lists, block_lists(mask, max_listed, transposed), strict=True):
+    for arguments in (
+        (mask, mask.numel(), transposed, -1, 0),
+        (mask, int(mask.sum()), transposed, -1, 0),
+        (mask, mask.numel(), transposed, 2, 1),
+        (torch.zeros((), dtype=torch.bool).expand(shape), mask.numel(), transposed, 0, 3),
+    ):
+        lists = emulated.block_lists(*arguments)
+        for got, expected in zip(lists, block_lists(*arguments), strict=True):
             assert torch.equal(got, expected)
     for max_blocks, max_partial in ((1, 0), (2, 10), (3, 10**4), (16, 100)):
         items = emulated.work_items(lists[0], max_blocks, max_partial)

@@ -239,7 +239,7 @@ def test_built_without_a_sort_or_a_wait(device):
     """No operator that sorts, and none whose result the host must read: those do not run without data either."""
 
     def plain(device):
-        start, _ = _layout_ops._block_lists(torch.ones(1, 4, 4, dtype=torch.bool, device=device), 16, False)
+        start, _ = _layout_ops._block_lists(torch.ones(1, 4, 4, dtype=torch.bool, device=device), 16, False, 1, 1)
         _layout_ops._work_items(start, 2, 8)
 
     with Ops() as ops:

@@ -7,11 +7,13 @@
 
 namespace flash_models {
 
-// A mask of blocks, (heads, lines, length) bytes, 0 or 1; a line is a row of blocks or, transposed, a column.
+// A mask of blocks, (heads, lines, length) bytes, 0 or 1; a line is a row of blocks or, transposed, a column. Listed
+// are also the blocks of a band, at most `reach` from the diagonal, and the first `global_blocks` rows and columns.
 struct BlockMask {
   const uint8_t* data;
   int64_t heads, lines, length;
   int64_t head_stride, line_stride, stride;  // elements
+  int64_t reach, global_blocks;
 
   int64_t count() const { return heads * lines; }
 };

@@ -40,27 +40,31 @@ __device__ __forceinline__ int scan(int x, int& total) {
 
 // The line of a warp, and its blocks, 32 at a time.
 struct Line {
-  const uint8_t* data;
-  int64_t length, stride;
-  int number;
-  bool exists;
+  const BlockMask& mask;
+  const int number;
+  const bool exists;
+  const int64_t head, place, length;  // place: in the head
 
   __device__ __forceinline__ explicit Line(const BlockMask& mask)
-      : data(nullptr), length(0), stride(mask.stride), number(blockIdx.x * kWarps + threadIdx.x / 32),
-        exists(number < mask.heads * mask.lines) {
-    if (!exists) return;
-    data = mask.data + number / mask.lines * mask.head_stride + number % mask.lines * mask.line_stride;
-    length = mask.length;
-  }
+      : mask(mask),
+        number(blockIdx.x * kWarps + threadIdx.x / 32),
+        exists(number < mask.heads * mask.lines),
+        head(number / mask.lines),
+        place(number % mask.lines),
+        length(exists ? mask.length : 0) {}
 
+  __device__ __forceinline__ bool lists(int64_t block) const {
+    if (block >= length) return false;
+    if (min(place, block) < mask.global_blocks || abs(place - block) <= mask.reach) return true;
+    return mask.data[head * mask.head_stride + place * mask.line_stride + block * mask.stride] != 0;
+  }
   // A bit for each of the blocks first .. first + 31 that is listed.
   __device__ __forceinline__ uint32_t listed(int64_t first) const {
-    const int64_t block = first + threadIdx.x % 32;
-    return __ballot_sync(~0u, block < length && data[block * stride] != 0);
+    return __ballot_sync(~0u, lists(first + threadIdx.x % 32));
   }
 };
 
-__global__ void __launch_bounds__(kThreads) block_lists_count(const BlockMask mask, int32_t* counts) {
+__global__ void __launch_bounds__(kThreads) block_lists_count(const __grid_constant__ BlockMask mask, int32_t* counts) {
   const Line line(mask);
   int count = 0;
   for (int64_t first = 0; first < line.length; first += 32) count += __popc(line.listed(first));
@@ -84,15 +88,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    block_lists_fill(const BlockMask mask, const int32_t* start, int64_t max_listed, int32_t* index) {
+    block_lists_fill(const __grid_constant__ BlockMask mask, const int32_t* start, int64_t max_listed, int32_t* index) {
   const Line line(mask);
   const int lane = threadIdx.x % 32;
-  int64_t place = line.exists ? start[line.number + line.number / mask.lines] : 0;
+  int64_t next = line.exists ? start[line.number + line.head] : 0;
   for (int64_t first = 0; first < line.length; first += 32) {
     const uint32_t listed = line.listed(first);
-    const int64_t mine = place + __popc(listed & ((1u << lane) - 1));
+    const int64_t mine = next + __popc(listed & ((1u << lane) - 1));
     if (listed >> lane & 1 && mine < max_listed) index[mine] = static_cast<int32_t>(first + lane);
-    place += __popc(listed);
+    next += __popc(listed);
   }
   const int64_t spare = start[mask.heads * (mask.lines + 1) - 1] + int64_t{blockIdx.x} * kThreads + threadIdx.x;
   for (int64_t i = spare; i < max_listed; i += int64_t{gridDim.x} * kThreads) index[i] = 0;

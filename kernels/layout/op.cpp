@@ -18,6 +18,7 @@ void block_lists(StableIValue* values, uint64_t, uint64_t) {
   const Tensor mask = stack.take<Tensor>();
   const int64_t max_listed = stack.take<int64_t>();
   const bool transposed = stack.take<bool>();
+  const int64_t reach = stack.take<int64_t>(), global_blocks = stack.take<int64_t>();
   STD_TORCH_CHECK(mask.dim() == 3 && mask.scalar_type() == ScalarType::Bool && mask.numel() > 0 &&
                       mask.numel() <= kMost && max_listed >= 0 && max_listed <= mask.numel(),
                   "flash_models: block_lists needs a bool mask (heads, rows, columns) of 1 to 2^31 - 1 blocks and at "
@@ -26,8 +27,14 @@ void block_lists(StableIValue* values, uint64_t, uint64_t) {
   const auto guard = on_device_of(mask);
   const int64_t line = transposed ? 2 : 1, other = 3 - line;
   const BlockMask blocks{static_cast<const uint8_t*>(mask.const_data_ptr()),
-                         mask.size(0), mask.size(line), mask.size(other),
-                         mask.stride(0), mask.stride(line), mask.stride(other)};
+                         mask.size(0),
+                         mask.size(line),
+                         mask.size(other),
+                         mask.stride(0),
+                         mask.stride(line),
+                         mask.stride(other),
+                         reach,
+                         global_blocks};
   const Tensor start = empty_on(mask, {blocks.heads, blocks.lines + 1}, ScalarType::Int),
                index = empty_on(mask, {max_listed}, ScalarType::Int),
                counts = empty_on(mask, {blocks.count()}, ScalarType::Int);
@@ -59,7 +66,9 @@ void work_items(StableIValue* values, uint64_t, uint64_t) {
 #endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_models, m) {
-  m.def("block_lists(Tensor mask, int max_listed, bool transposed) -> (Tensor start, Tensor index)");
+  m.def(
+      "block_lists(Tensor mask, int max_listed, bool transposed, int reach, int global_blocks) -> (Tensor start, "
+      "Tensor index)");
   m.def("work_items(Tensor start, int max_blocks, int max_partial) -> Tensor");
 }
 
