@@ -1,29 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of flash_models.fused, plain, as Triton kernels and as a graph calls them, against torch's own.
+"""The functions of flash_models.fused, plain and as Triton kernels, against torch's own.
 
 The kernels run on CUDA, and on a CPU in Triton's interpreter where Triton is installed:
-TRITON_INTERPRET=1 python -m pytest tests/test_fused_functions.py tests/test_fused_cross_entropy.py
+TRITON_INTERPRET=1 python -m pytest tests/test_fused_functions.py
 """
+
+import importlib.util
+import os
 
 import pytest
 import torch
-from fused_case import INTERPRETED, check, target
+from numerics import assert_as_accurate_as
 from torch import nn
 from torch.nn import functional as F
 
 from flash_models.fused import (
     bias_gelu,
+    cross_entropy,
     dropout_add_norm,
     feed_forward,
     gelu,
     layer_norm,
+    linear_cross_entropy,
     linear_dropout_add_norm,
     norm,
     norm_and_residual,
     project_qkv,
 )
 
-__all__ = ["target"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+FORMS = ["plain", "kernel"]
+
+
+@pytest.fixture(params=FORMS)
+def target(request, device, monkeypatch):
+    """device, dtype, of a form."""
+    if request.param == "kernel" and device.type == "cpu" and not INTERPRETED:
+        pytest.skip("the kernels need CUDA, or Triton and TRITON_INTERPRET=1")
+    for module in (gelu, norm, cross_entropy):
+        monkeypatch.setattr(module, "use_triton", lambda tensor: request.param == "kernel")
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def check(function, reference, target, *shapes, dtypes=()):
+    """Outputs and gradients of `function` of normal random inputs, against `reference` of the same."""
+    device, dtype = target
+    wide = torch.float64
+    dtypes = dtypes or (dtype,) * len(shapes)
+    inputs = [torch.randn(shape, device=device).to(kind) for shape, kind in zip(shapes, dtypes, strict=True)]
+    found = []
+    for call, kind in ((function, None), (reference, None), (reference, wide)):
+        mine = [t.detach().to(kind or t.dtype).requires_grad_() for t in inputs]
+        out = call(*mine)
+        outs = list(out) if isinstance(out, tuple) else [out]
+        torch.manual_seed(1)
+        gradients = [torch.randn(o.shape, device=device).to(o.dtype) for o in outs]
+        found.append([*outs, *torch.autograd.grad(outs, mine, gradients, materialize_grads=True)])
+    for number, (actual, plain, truth) in enumerate(zip(*found, strict=True)):
+        assert_as_accurate_as(actual, plain, truth, name=f"result {number}", noise=2e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 96), (65, 1032), (1, 5)])
@@ -106,42 +140,6 @@ def test_a_norm_that_goes_on_as_the_residual_is_as_precise(target, hidden):
     for exact, theirs, ours in zip(*results, strict=True):
         assert ours.dtype == torch.float32
         assert (ours - exact).norm() <= factor * (theirs - exact).norm() + 1e-6 * exact.norm()
-
-
-@pytest.mark.parametrize("post_norm", [False, True])
-@pytest.mark.parametrize("p", [0.0, 0.1])
-def test_compiled_in_one_graph(device, monkeypatch, p, post_norm):
-    """A transformer layer's pieces: the same results and gradients as without torch.compile, in one graph."""
-    if device.type == "cpu" and not INTERPRETED:
-        pytest.skip("the kernels need CUDA, or Triton and TRITON_INTERPRET=1")
-    for module in (gelu, norm):
-        monkeypatch.setattr(module, "use_triton", lambda tensor: True)
-    torch.manual_seed(0)
-    first, second, module = (
-        nn.Linear(64, 96, device=device),
-        nn.Linear(96, 64, device=device),
-        nn.LayerNorm(64).to(device),
-    )
-    parameters = [*first.parameters(), *second.parameters(), *module.parameters()]
-    x = torch.randn(2, 9, 64, device=device, requires_grad=True)
-
-    def layer(x):
-        normal, x = (x, x) if post_norm else norm_and_residual(x, module)
-        options = first.weight, first.bias, "tanh", second.weight, second.bias
-        total, out = feed_forward(normal, *options, x, module, p, post_norm)
-        return out if post_norm else dropout_add_norm(out, None, total, None, p)[0]
-
-    def results(function):
-        torch.manual_seed(1)
-        out = function(x)
-        return [out, *torch.autograd.grad(out.square().sum(), (x, *parameters))]
-
-    compiled = torch.compile(layer, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
-    for found, expected in zip(results(compiled), results(layer), strict=True):
-        if p == 0:
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
-        else:
-            assert found.shape == expected.shape and found.isfinite().all() and found.any()
 
 
 def test_dropout_drops_the_same_in_the_backward(target):
@@ -239,3 +237,64 @@ def test_each_gradient_alone(target):
             alone = [t if number == index else t.detach() for index, t in enumerate(inputs)]
             (found,) = torch.autograd.grad(function(*alone).square().sum(), alone[number])
             torch.testing.assert_close(found, expected)
+
+
+def test_a_captured_graph_projects_every_token(target, monkeypatch):
+    """It cannot know how many have a label: the others, marked by -1, give no loss and no gradient."""
+    device, _ = target
+    labels = torch.tensor([3, -100, 0, -100, 5], device=device)
+    everything = (None, torch.where(labels == -100, -1, labels))
+    monkeypatch.setattr(cross_entropy, "_select", lambda x, *rest: (everything[0], x, everything[1]))
+    check(
+        lambda x, w: linear_cross_entropy(x, w, None, labels),
+        lambda x, w: F.cross_entropy((x @ w.t()).to(torch.promote_types(x.dtype, torch.float32)), labels),
+        target, (5, 24), (97, 24),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("limit", [1, 30_000, 1 << 30], ids=["rows of one", "chunks", "whole"])
+def test_linear_cross_entropy(target, monkeypatch, limit, reduction, bias):
+    device, dtype = target
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS_BYTES", {device.type: limit})
+    rows, columns, vocabulary = (5, 24, 97) if limit == 1 else (150, 24, 97)
+    labels = torch.randint(0, vocabulary, (rows,), device=device)
+    labels[::4] = -100
+
+    def reference(x, w, b=None):
+        return F.cross_entropy(F.linear(x, w, b).to(torch.promote_types(x.dtype, torch.float32)), labels,
+                               reduction=reduction)  # fmt: skip
+
+    def ours(x, w, b=None):
+        return linear_cross_entropy(x, w, b, labels, reduction=reduction)
+
+    check(ours, reference, target, (rows, columns), (vocabulary, columns), *([(vocabulary,)] if bias else []))
+
+
+def test_linear_cross_entropy_in_float16_does_not_overflow(target):
+    """The gradient of the vocabulary's weight is the sum over many tokens of one label; a scaled loss scales it."""
+    device, _ = target
+    x = (30 * torch.ones(5000, 16, device=device)).half()
+    weight = torch.zeros(64, 16, device=device).half().requires_grad_()
+    labels = torch.zeros(5000, dtype=torch.long, device=device)
+    (linear_cross_entropy(x, weight, None, labels) * 64).backward()
+    assert weight.grad[0, 0].item() == pytest.approx(-(63 / 64) * 30 * 64, rel=0.01)
+
+
+def test_linear_cross_entropy_needs_only_what_is_asked_for(target):
+    device, dtype = target
+    x = torch.randn(9, 16, device=device, dtype=dtype, requires_grad=True)
+    weight, labels = torch.randn(20, 16, device=device, dtype=dtype), torch.arange(9, device=device)
+    linear_cross_entropy(x, weight, None, labels).backward()
+    expected = x.detach().clone().requires_grad_()
+    F.cross_entropy((expected @ weight.t()).float(), labels).backward()
+    torch.testing.assert_close(x.grad, expected.grad, atol=1e-6 if dtype == torch.float32 else 5e-3, rtol=1e-2)
+    assert weight.grad is None and not linear_cross_entropy(x.detach(), weight, None, labels).requires_grad
+
+
+def test_a_label_beyond_the_vocabulary_is_an_error():
+    x, weight = torch.randn(3, 8), torch.randn(11, 8)
+    for label in (11, -1):
+        with pytest.raises(RuntimeError, match=r"neither ignore_index \(-100\) nor in the vocabulary, 0 to 10"):
+            linear_cross_entropy(x, weight, None, torch.tensor([0, label, 3]))

@@ -8,6 +8,7 @@
 # START       the model that is fine-tuned (default model_cards/bert-mini-16k-flash).
 # LENGTHS     512,1024,2048,4096,8192,16384 measures what the length is worth (default: 16384 alone, the checkpoint).
 # SEEDS       0,1,2 for three (default 0). BLOCK_SPARSE  a pattern, as of --block_sparse (default: dense).
+# EPOCHS      (default 20). LEARNING_RATE  (default 5e-4).
 # PROCESSES   GPUs of this machine (default 1). MINUTES  stop after so many and save the state (default: run to the end).
 #
 # Every length gets the same documents and steps. Size: bert-mini-16k-flash without its MLM head, with a pooler and 21
@@ -27,5 +28,5 @@ python3 -m accelerate.commands.launch --num_processes "${PROCESSES:-1}" --num_ma
     --dynamo_backend no eval/long_document.py --do_train --output_dir "$output" \
     --model_name_or_path "${START:-model_cards/bert-mini-16k-flash}" --train_file "$TRAIN" --validation_file "$DEV" \
     --max_length "${LENGTHS:-16384}" --seed "${SEEDS:-0}" --unpad --max_batch_tokens "${BATCH_TOKENS:-131072}" \
-    --per_device_train_batch_size 16 --num_train_epochs "${EPOCHS:-10}" --learning_rate "${LEARNING_RATE:-5e-4}" \
+    --per_device_train_batch_size 16 --num_train_epochs "${EPOCHS:-20}" --learning_rate "${LEARNING_RATE:-5e-4}" \
     --extend_method "${EXTEND:-interpolate}" --dropout 0.1 --threshold_split 0.1 --logging_steps 100 --checkpointing_steps 1000 "${options[@]}"

@@ -54,7 +54,7 @@ def _padded(tensor, rows, dtype):
 def _softmax_gradient_(logits, labels, vocabulary):
     """Turn logits (n, padded V) into the gradient of the summed loss; the losses, float32 (n,). Labels below 0 have
     neither."""
-    if use_triton(logits) and not torch.compiler.is_compiling():
+    if use_triton(logits):
         from .cross_entropy_kernels import softmax_gradient_
 
         return softmax_gradient_(logits, labels, vocabulary)

@@ -8,28 +8,25 @@ import torch
 from torch.nn import functional as F
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks while tracing
-def _has_triton():
-    return _find_triton()
-
-
 @functools.cache
-def _find_triton():
+def _has_triton():
     try:
         import triton  # noqa: F401
     except ImportError:
         warnings.warn(
             "fuse: triton is not installed, so plain PyTorch computes (the result is the same, but slower); "
             "it comes with PyTorch for CUDA, or: pip install triton",
-            stacklevel=3,
+            stacklevel=2,
         )
         return False
     return True
 
 
 def use_triton(tensor):
-    """Whether the Triton kernels, which compute in float32, take `tensor`: on CUDA."""
-    return tensor.is_cuda and tensor.dtype.itemsize <= 4 and _has_triton()
+    """Whether the Triton kernels, which compute in float32, take `tensor`: on CUDA, outside of torch.compile, which
+    fuses plain PyTorch itself."""
+    known = tensor.is_cuda and tensor.dtype.itemsize <= 4
+    return known and not torch.compiler.is_compiling() and _has_triton()
 
 
 def compute_dtype(tensor):

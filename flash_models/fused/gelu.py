@@ -4,15 +4,12 @@
 import torch
 from torch.nn import functional as F
 
-from . import graph
 from .dispatch import use_triton
 
 
 def bias_gelu(x, bias, approximate="none"):
     """gelu(x + bias), in x's dtype; x (..., N), bias (N,) or None; approximate: "none" or "tanh", as F.gelu has it."""
     if use_triton(x):
-        if torch.compiler.is_compiling():
-            return graph.bias_gelu(x, bias, approximate == "tanh")
         return _BiasGelu.apply(x, bias, approximate == "tanh")
     return F.gelu(x if bias is None else (x + bias).to(x.dtype), approximate=approximate)
 

@@ -56,11 +56,6 @@ def _run(x, bias, residual, norm, p, post_norm):
         return _plain(x, bias, residual, norm, p, post_norm)
     weight, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     dtypes = kept_and_normal_dtypes(residual.dtype if x is None else x.dtype, residual, post_norm)
-    if torch.compiler.is_compiling():
-        from . import graph
-
-        seed = dropout_seed(p, residual) if x is not None else None
-        return graph.dropout_add_norm(x, bias, residual, weight, shift, eps, p, post_norm, seed, *dtypes)
     return _DropoutAddNorm.apply(x, bias, residual, weight, shift, eps, p, post_norm, *dtypes)
 
 
@@ -70,13 +65,6 @@ def kept_and_normal_dtypes(dtype, residual, post_norm):
     if not post_norm:
         return precise, compute_dtype(residual)
     return torch.float32 if dtype == torch.float32 else torch.float16, precise
-
-
-def named_sums(sums, has_bias):
-    """The gradients of (bias, weight, shift) that the sums of `norm_backward` are, None for what there is not."""
-    rows = list(sums.unbind())
-    dbias = rows.pop(0) if has_bias else None
-    return dbias, *(rows or (None, None))
 
 
 def dropout_seed(p, like):
@@ -106,8 +94,7 @@ class _DropoutAddNorm(torch.autograd.Function):
         if dtotal is None and dout is None:
             return (None,) * 10
         kept, statistics, weight, seed = ctx.saved_tensors
-        dx, dresidual, sums = norm_backward(
+        dx, dresidual, dbias, dweight, dshift = norm_backward(
             dtotal, dout, kept, statistics, weight, seed, ctx.p, ctx.kept_sum, *ctx.dtypes, ctx.has_bias
         )
-        dbias, dweight, dshift = named_sums(sums, ctx.has_bias)
         return dx, dbias, dresidual, dweight, dshift, *(None,) * 5

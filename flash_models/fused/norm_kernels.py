@@ -128,8 +128,8 @@ def norm_forward(x, bias, residual, weight, shift, eps, p, seed, keep_sum, kept_
 
 
 def norm_backward(dtotal, dout, kept, statistics, weight, seed, p, kept_sum, x_dtype, residual_dtype, has_bias):
-    """(dx or None, dresidual, sums): the gradients of the bias, if there is one, and of weight and shift, with `dout`,
-    float32 (0 to 3, columns). dtotal or dout may be None; dresidual is dtotal itself where that is the gradient."""
+    """(dx or None, dresidual, gradients of bias, weight and shift): the last three float32 (columns,), None without a
+    bias and without `dout`. dtotal or dout may be None; dresidual is dtotal itself where that is the gradient."""
     dtotal, dout = (None if t is None else t.contiguous() for t in (dtotal, dout))
     like = dout if dout is not None else dtotal
     columns = like.shape[-1]
@@ -149,7 +149,9 @@ def norm_backward(dtotal, dout, kept, statistics, weight, seed, p, kept_sum, x_d
                 dx is not None, has_bias, seed is not None, dout is not None, kept_sum, dtotal is not None,
                 dresidual is not None, block, **options,
             )  # fmt: skip
-    return dx, dtotal if passed else dresidual, partial.sum(1)
+    sums = list(partial.sum(1).unbind()) if len(partial) else []
+    dbias = sums.pop(0) if has_bias else None
+    return dx, dtotal if passed else dresidual, dbias, *(sums or (None, None))
 
 
 @functools.cache

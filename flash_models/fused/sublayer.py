@@ -10,7 +10,7 @@ import torch
 
 from .dispatch import compute_dtype, multiply, weight_gradient
 from .gelu import bias_gelu
-from .norm import dropout_add_norm, dropout_seed, kept_and_normal_dtypes, kernels_take, named_sums
+from .norm import dropout_add_norm, dropout_seed, kept_and_normal_dtypes, kernels_take
 
 
 def linear_dropout_add_norm(x, weight, bias, residual, norm, p, post_norm=False, transposed=False):
@@ -19,7 +19,7 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm, p, post_norm=False,
     x (..., M), residual (..., N); weight (N, M), or (M, N) with `transposed`; bias (N,) or None. With post_norm (see
     norm.py) None and the norm.
     """
-    if not _one_step(residual, norm):
+    if not kernels_take(residual, norm):
         return dropout_add_norm(multiply(x, weight, transposed), bias, residual, norm, p, post_norm)
     return _run(x, None, None, weight, bias, residual, norm, p, post_norm, "none", transposed)
 
@@ -28,15 +28,10 @@ def feed_forward(
     x, weight_1, bias_1, approximate, weight_2, bias_2, residual, norm, p, post_norm=False, transposed=False
 ):  # fmt: skip
     """`linear_dropout_add_norm` of gelu(x W1 + bias_1), W2 and bias_2; approximate as F.gelu has it."""
-    if not _one_step(residual, norm):
+    if not kernels_take(residual, norm):
         hidden = bias_gelu(multiply(x, weight_1, transposed), bias_1, approximate)
         return dropout_add_norm(multiply(hidden, weight_2, transposed), bias_2, residual, norm, p, post_norm)
     return _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, post_norm, approximate, transposed)
-
-
-def _one_step(residual, norm):
-    """A graph has its own steps: see graph.py."""
-    return kernels_take(residual, norm) and not torch.compiler.is_compiling()
 
 
 def _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, post_norm, approximate, transposed):
@@ -91,10 +86,9 @@ class _Sublayer(torch.autograd.Function):
         needs_x, needs_1, _, needs_2, _, needs_own, *_ = ctx.needs_input_grad
         transposed = ctx.transposed
         dtypes = ctx.product_dtype, ctx.residual_dtype
-        gradient, dresidual, sums = norm_backward(
+        gradient, dresidual, dbias_2, dscale, dshift = norm_backward(
             dtotal, dnormal, kept, statistics, scale, seed, ctx.p, ctx.kept_sum, *dtypes, ctx.has_bias
         )
-        dbias_2, dscale, dshift = named_sums(sums, ctx.has_bias)
         gradient = gradient.view(-1, gradient.shape[-1])
         dweight_1 = dweight_2 = dbias_1 = dx = None
         if needs_2:

@@ -34,8 +34,9 @@ struct ForwardMaps {
 };
 
 // The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where
-// the work of one CTA is known to be that of every other, which under a causal mask pairs of tiles see to, each takes
-// its share; the pieces of a layout go to whoever asks next; all others go through the hardware's queue, a CTA each.
+// the work of one CTA is much like that of every other, which under a causal mask pairs of tiles see to, and in a padded
+// batch that a CTA's tiles lie in all its sequences, each takes its share; the pieces of a layout go to whoever asks
+// next; packed sequences go through the hardware's queue, a CTA each.
 struct Schedule {
   int query_tiles, count;
   bool pairs;
@@ -304,7 +305,6 @@ void launch_forward(const AttentionProblem& p) {
   using Shared = ForwardShared<T, Config>;
   const ForwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
                          key_map<typename Shared::Key>(p, p.v)};
-  // Of a padded batch a CTA's tiles lie in all its sequences, which evens out their lengths.
   const bool listed = p.rows.start != nullptr, equal = !listed && p.cu_seqlens_q == nullptr;
   const bool pairs = equal && p.causal;
   const int64_t query_tiles = ceil_div(p.seqlen_q, Config::kTileQ);
