@@ -34,9 +34,9 @@ struct ForwardMaps {
 };
 
 // The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where
-// the work of one CTA is much like that of every other, which under a causal mask pairs of tiles see to, and in a padded
-// batch that a CTA's tiles lie in all its sequences, each takes its share; the pieces of a layout go to whoever asks
-// next; packed sequences go through the hardware's queue, a CTA each.
+// the work of one CTA is much like that of every other, which under a causal mask pairs of tiles see to, and in a
+// padded batch that a CTA's tiles lie in all its sequences, each takes its share; the pieces of a layout go to whoever
+// asks next; packed sequences go through the hardware's queue, a CTA each.
 struct Schedule {
   int query_tiles, count;
   bool pairs;
