@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two ops that make block layouts: lists from a mask of blocks, and work items from lists.
+"""The ops that make block layouts: a mask of random blocks, lists from a mask, and work items from lists.
 
 Here in plain PyTorch, for CPUs and for libraries without CUDA kernels; kernels/layout has the same for CUDA, where
 these would be some seventy kernels. Either way without a sort and without waiting for the device.
 
 block_lists: lists, as in `BlockLayout`, of the True blocks of a mask, bool (Hl, rows, cols), of the blocks at most
 `reach` from the diagonal, and of the first `global_blocks` rows and columns; at most `max_listed` of them. Of rows of
-blocks, or with `transposed` of columns. work_items: as of `make_schedule`.
+blocks, or with `transposed` of columns. work_items: as of `make_schedule`. random_blocks: those of `bigbird`, bool
+(n, n), outside of band and global blocks.
 """
 
 import torch
@@ -54,12 +55,39 @@ def _work_items(start, max_blocks, max_partial):
     return torch.stack([*items, slot.masked_fill(spare, -1)], 1).int()
 
 
-for _op, _implementation in (("block_lists", _block_lists), ("work_items", _work_items)):
+def _mixed(x):
+    """32 bits that all depend on all of the 32 bits of `x`, an int or an int64 tensor: Wellons' hash `lowbias32`."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _random_blocks(like, n, reach, global_blocks, n_random, seed):
+    """A row's free blocks are cut into `n_random` parts of equal length and one block is drawn from each: distinct
+    blocks without a sort or a loop, and every free block equally likely up to the rounding of the parts."""
+    row = torch.arange(n, device=like.device)[:, None]
+    # the free blocks are [global_blocks, low) and [high, n)
+    low = (row - reach).clamp(min=global_blocks)
+    high = (row + reach + 1).clamp(max=n).maximum(low)
+    before_band = low - global_blocks
+    free = before_band + n - high
+    part = torch.arange(n_random, device=like.device)
+    begin, end = free * part // max(n_random, 1), free * (part + 1) // max(n_random, 1)
+    word = _mixed((row * n_random + part) ^ _mixed(seed))
+    drawn = begin + word % (end - begin).clamp(min=1)
+    block = torch.where(drawn < before_band, global_blocks + drawn, high + drawn - before_band)
+    mask = torch.zeros(n, n + 1, dtype=torch.bool, device=like.device)  # the last column takes what is no block
+    return mask.scatter_(1, torch.where(begin < end, block, n), True)[:, :n].contiguous()
+
+
+_PLAIN = {"block_lists": _block_lists, "random_blocks": _random_blocks, "work_items": _work_items}
+for _op, _implementation in _PLAIN.items():
     fragment.impl(_op, _implementation, "CPU")
     if not has_kernel("CUDA", _op):
         fragment.impl(_op, _implementation, "CUDA")
 
 block_lists = torch.ops.flash_models.block_lists.default
+random_blocks = torch.ops.flash_models.random_blocks.default
 work_items = torch.ops.flash_models.work_items.default
 
 
@@ -68,6 +96,11 @@ def _(mask, max_listed, transposed, reach, global_blocks):
     lines = mask.shape[2 if transposed else 1]
     start = mask.new_empty(mask.shape[0], lines + 1, dtype=torch.int32)
     return start, mask.new_empty(max_listed, dtype=torch.int32)
+
+
+@torch.library.register_fake("flash_models::random_blocks")
+def _(like, n, reach, global_blocks, n_random, seed):
+    return like.new_empty(n, n)
 
 
 @torch.library.register_fake("flash_models::work_items")

@@ -31,6 +31,7 @@ SCHEMAS = {
     "block_lists": (
         "(Tensor mask, int max_listed, bool transposed, int reach, int global_blocks) -> (Tensor start, Tensor index)"
     ),
+    "random_blocks": "(Tensor like, int n, int reach, int global_blocks, int n_random, int seed) -> Tensor",
     "work_items": "(Tensor start, int max_blocks, int max_partial) -> Tensor",
 }
 fragment = torch.library.Library("flash_models", "FRAGMENT")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ._block_layout import block_shape, check_block_size, check_count, check_length, layout_of_mask
+from ._layout_ops import random_blocks
 
 
 def from_block_mask(mask, seqlen_q, seqlen_k, block_size=128):
@@ -95,34 +96,6 @@ def local_global(seqlen, window, n_global, *, block_size=128, device=None):
     )
 
 
-def _mixed(x):
-    """32 bits that all depend on all of the 32 bits of `x`, an int or an int64 tensor: Wellons' hash `lowbias32`."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-def _random_blocks(n, reach, global_blocks, n_random, seed, device):
-    """Random blocks outside of band and global blocks, int64 (n, n_random); n stands for none.
-
-    A row's free blocks are cut into `n_random` parts of equal length and one block is drawn from each: distinct blocks
-    without a sort or a loop, and every free block equally likely up to the rounding of the parts.
-    """
-    global_blocks = min(global_blocks, n)
-    row = torch.arange(n, device=device)[:, None]
-    # the free blocks are [global_blocks, low) and [high, n)
-    low = (row - reach).clamp(min=global_blocks)
-    high = (row + reach + 1).clamp(max=n).maximum(low)
-    free = low - global_blocks + n - high
-    part = torch.arange(n_random, device=device)
-    begin, end = free * part // n_random, free * (part + 1) // n_random
-    word = _mixed((row * n_random + part) ^ _mixed(seed & 0xFFFFFFFF))
-    drawn = begin + word % (end - begin).clamp(min=1)
-    before_band = low - global_blocks
-    block = torch.where(drawn < before_band, global_blocks + drawn, high + drawn - before_band)
-    return torch.where(begin < end, block, n)
-
-
 def bigbird(seqlen, window, n_global, n_random, seed=0, *, block_size=128, device=None):
     """BigBird's pattern (arXiv 2007.14062): `local_global`, and `n_random` random blocks for each block of queries.
 
@@ -133,12 +106,11 @@ def bigbird(seqlen, window, n_global, n_random, seed=0, *, block_size=128, devic
     reach, global_blocks = _reach(window, block_size), _global_blocks(n_global, block_size)
     check_count("n_random", n_random)
     check_count("seed", seed)
-    mask = torch.zeros(n, n + 1, dtype=torch.bool, device=device)  # the last column takes what is no block
-    if n_random:
-        mask.scatter_(1, _random_blocks(n, reach, global_blocks, n_random, seed, device), True)
+    like = torch.empty(0, dtype=torch.bool, device=device)
+    mask = random_blocks(like, n, reach, min(global_blocks, n), min(n_random, n), seed & 0xFFFFFFFF)
     name = f"bigbird, window {window}, {n_global} global tokens, {n_random} random blocks, seed {seed}"
     per_row = 2 * reach + 1 + n_random
-    return _square_layout(mask[:, :n], global_blocks, per_row, seqlen, block_size, reach=reach, name=name)
+    return _square_layout(mask, global_blocks, per_row, seqlen, block_size, reach=reach, name=name)
 
 
 def check_stride(stride, block_size):
@@ -206,6 +178,12 @@ def tile_order(height, width, block_size, device=None):
     return raster.transpose(1, 2).reshape(-1)
 
 
+def _band(count, reach, device):
+    """bool (count, count): numbers at most `reach` apart."""
+    number = torch.arange(count, dtype=torch.int32, device=device)
+    return (number[:, None] - number).abs_() <= reach
+
+
 def grid_2d(height, width, radius, n_global=0, *, block_size=64, device=None):
     """Neighbourhoods of an image whose pixels are stored in `tile_order`, behind `n_global` global tokens.
 
@@ -222,10 +200,11 @@ def grid_2d(height, width, radius, n_global=0, *, block_size=64, device=None):
         )
     seqlen, global_blocks = n_global + height * width, n_global // block_size
     block_shape(seqlen, seqlen, block_size)
-    tile = torch.arange((height // rows) * (width // cols), dtype=torch.int32, device=device)
-    y, x = tile // (width // cols), tile % (width // cols)
-    near = ((y[:, None] - y).abs_() <= radius) & ((x[:, None] - x).abs_() <= radius)
-    mask = F.pad(near, (global_blocks, 0, global_blocks, 0))
+    near_rows, near_cols = (_band(count, radius, device) for count in (height // rows, width // cols))
+    near = near_rows[:, None, :, None] & near_cols[None, :, None, :]
+    mask = near.view(near.shape[0] * near.shape[1], -1)
+    if global_blocks:
+        mask = F.pad(mask, (global_blocks, 0, global_blocks, 0))
     name = f"grid_2d, {height} x {width} pixels, radius {radius}, {n_global} global tokens"
     per_row = (2 * radius + 1) ** 2
     return _square_layout(mask, global_blocks, per_row, seqlen, block_size, symmetric=True, name=name)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_models._layout_ops import block_lists, work_items
+from flash_models._layout_ops import block_lists, random_blocks, work_items
 from flash_models._schedule import make_schedule
 from flash_models.layouts import from_block_mask
 from flash_models.reference import attention_reference
@@ -190,6 +190,12 @@ def test_layouts_are_the_same(emulated, shape, transposed):
     for max_blocks, max_partial in ((1, 0), (2, 10), (3, 10**4), (16, 100)):
         items = emulated.work_items(lists[0], max_blocks, max_partial)
         assert torch.equal(items, work_items(lists[0], max_blocks, max_partial))
+
+
+@pytest.mark.parametrize("arguments", [(1, 0, 0, 1, 0), (40, 2, 1, 3, 7), (65, 0, 9, 65, 2**32 - 1), (33, 40, 2, 4, 1)])
+def test_random_blocks_are_the_same(emulated, arguments):
+    like = torch.empty(0, dtype=torch.bool)
+    assert torch.equal(emulated.random_blocks(like, *arguments), random_blocks(like, *arguments))
 
 
 def test_packed_sequences_do_not_touch(emulated):

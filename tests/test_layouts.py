@@ -241,11 +241,12 @@ def test_built_without_a_sort_or_a_wait(device):
     def plain(device):
         start, _ = _layout_ops._block_lists(torch.ones(1, 4, 4, dtype=torch.bool, device=device), 16, False, 1, 1)
         _layout_ops._work_items(start, 2, 8)
+        _layout_ops._random_blocks(start, 40, 1, 1, 3, 5)
 
     with Ops() as ops:
         build_all(device)
         plain(device)
-    assert ops.names >= {"block_lists", "work_items", "searchsorted"}
+    assert ops.names >= {"block_lists", "random_blocks", "work_items", "searchsorted"}
     assert not ops.names & {"sort", "argsort", "topk", "unique", "nonzero", "_local_scalar_dense", "masked_select"}
     build_all("meta")
     plain("meta")

@@ -18,6 +18,10 @@ struct BlockMask {
   int64_t count() const { return heads * lines; }
 };
 
+// A mask of n x n bytes, zeros before: marks `parts` random blocks of each row outside of a band and of global blocks.
+void random_blocks_cuda(uint8_t* mask, int64_t n, int64_t reach, int64_t global_blocks, int64_t parts, uint32_t seed,
+                        void* stream);
+
 // start (heads, lines + 1) and index (max_listed), from counts, scratch memory of an int32 for each line.
 void block_lists_cuda(const BlockMask& mask, int64_t max_listed, int32_t* counts, int32_t* start, int32_t* index,
                       void* stream);

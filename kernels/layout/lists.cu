@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Lists of the blocks of a mask, and of the work that they are, in four launches: what takes 72 in plain PyTorch.
+// Lists of the blocks of a mask, and of the work that they are, in four launches: what takes 72 in plain PyTorch. And a
+// mask of random blocks, in one.
 //
 //   count     a warp a line: its blocks
 //   scan      one CTA: where each line begins
@@ -128,7 +129,33 @@ __global__ void __launch_bounds__(kThreads) layout_work_items(const int32_t* sta
     items[item] = {-1, 0, 0, -1};
 }
 
+// Wellons' hash `lowbias32`.
+__device__ __forceinline__ uint32_t mixed(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7FEB352Du;
+  x = (x ^ x >> 15) * 0x846CA68Bu;
+  return x ^ x >> 16;
+}
+
+// A thread draws one block, of one part of a row's free blocks: [global_blocks, low) and [high, n).
+__global__ void __launch_bounds__(kThreads)
+    layout_random_blocks(uint8_t* mask, int64_t n, int64_t reach, int64_t global_blocks, int64_t parts, uint32_t seed) {
+  const int64_t number = int64_t{blockIdx.x} * kThreads + threadIdx.x, row = number / parts, part = number % parts;
+  if (row >= n) return;
+  const int64_t low = max(row - reach, global_blocks), high = max(min(row + reach + 1, n), low);
+  const int64_t before_band = low - global_blocks, free = before_band + n - high;
+  const int64_t begin = free * part / parts, end = free * (part + 1) / parts;
+  if (begin == end) return;
+  const int64_t drawn = begin + mixed(static_cast<uint32_t>(number) ^ mixed(seed)) % (end - begin);
+  mask[row * n + (drawn < before_band ? global_blocks + drawn : high + drawn - before_band)] = 1;
+}
+
 }  // namespace
+
+void random_blocks_cuda(uint8_t* mask, int64_t n, int64_t reach, int64_t global_blocks, int64_t parts, uint32_t seed,
+                        void* stream) {
+  launch<layout_random_blocks, 0>("layout_random_blocks", (n * parts + kThreads - 1) / kThreads, kThreads, stream, mask,
+                                  n, reach, global_blocks, parts, seed);
+}
 
 void block_lists_cuda(const BlockMask& mask, int64_t max_listed, int32_t* counts, int32_t* start, int32_t* index,
                       void* stream) {

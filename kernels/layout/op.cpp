@@ -42,6 +42,23 @@ void block_lists(StableIValue* values, uint64_t, uint64_t) {
   give(values, start, index);
 }
 
+void random_blocks(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack{values};
+  const Tensor like = stack.take<Tensor>();
+  const int64_t n = stack.take<int64_t>(), reach = stack.take<int64_t>(), global_blocks = stack.take<int64_t>(),
+                n_random = stack.take<int64_t>(), seed = stack.take<int64_t>();
+  STD_TORCH_CHECK(n > 0 && n * n <= kMost && reach >= 0 && global_blocks >= 0 && global_blocks <= n && n_random >= 0 &&
+                      n_random <= n,
+                  "flash_models: random_blocks needs 1 to 46,340 blocks, no negative reach, and global and random "
+                  "blocks of at most as many; got n ",
+                  n, ", reach ", reach, ", global_blocks ", global_blocks, " and n_random ", n_random);
+  const auto guard = on_device_of(like);
+  const Tensor mask = zeros_on(like, {n, n}, ScalarType::Bool);
+  random_blocks_cuda(static_cast<uint8_t*>(mask.mutable_data_ptr()), n, reach, global_blocks, n_random,
+                     static_cast<uint32_t>(seed), stream_of(like));
+  give(values, mask);
+}
+
 void work_items(StableIValue* values, uint64_t, uint64_t) {
   Stack stack{values};
   const Tensor start = stack.take<Tensor>();
@@ -69,12 +86,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_models, m) {
   m.def(
       "block_lists(Tensor mask, int max_listed, bool transposed, int reach, int global_blocks) -> (Tensor start, "
       "Tensor index)");
+  m.def("random_blocks(Tensor like, int n, int reach, int global_blocks, int n_random, int seed) -> Tensor");
   m.def("work_items(Tensor start, int max_blocks, int max_partial) -> Tensor");
 }
 
 #ifdef FLASH_MODELS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(flash_models, FLASH_MODELS_CUDA, m) {
   m.impl("block_lists", flash_models::block_lists);
+  m.impl("random_blocks", flash_models::random_blocks);
   m.impl("work_items", flash_models::work_items);
 }
 #endif
