@@ -13,7 +13,7 @@ blocks, or with `transposed` of columns. work_items: as of `make_schedule`. rand
 import torch
 import torch.nn.functional as F
 
-from ._library import fragment, has_kernel
+from ._library import fragment, no_kernel_reason
 
 
 def _block_lists(mask, max_listed, transposed, reach, global_blocks):
@@ -80,15 +80,20 @@ def _random_blocks(like, n, reach, global_blocks, n_random, seed):
     return mask.scatter_(1, torch.where(begin < end, block, n), True)[:, :n].contiguous()
 
 
-_PLAIN = {"block_lists": _block_lists, "random_blocks": _random_blocks, "work_items": _work_items}
-for _op, _implementation in _PLAIN.items():
-    fragment.impl(_op, _implementation, "CPU")
-    if not has_kernel("CUDA", _op):
-        fragment.impl(_op, _implementation, "CUDA")
+def _with_plain(op, plain):
+    """`op` with `plain` for every device that has no kernel, a GPU older than those of the library included."""
+    fragment.impl(op.name().removeprefix("flash_models::"), plain, "CompositeExplicitAutograd")
 
-block_lists = torch.ops.flash_models.block_lists.default
-random_blocks = torch.ops.flash_models.random_blocks.default
-work_items = torch.ops.flash_models.work_items.default
+    def call(tensor, *arguments):
+        too_old = tensor.is_cuda and torch.cuda.is_available() and no_kernel_reason(tensor.device) is not None
+        return (plain if too_old else op)(tensor, *arguments)
+
+    return call
+
+
+block_lists = _with_plain(torch.ops.flash_models.block_lists.default, _block_lists)
+random_blocks = _with_plain(torch.ops.flash_models.random_blocks.default, _random_blocks)
+work_items = _with_plain(torch.ops.flash_models.work_items.default, _work_items)
 
 
 @torch.library.register_fake("flash_models::block_lists")

@@ -49,8 +49,8 @@ def _load():
     return os.fspath(path), None
 
 
-def has_kernel(backend, op="attention_fwd"):
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"flash_models::{op}", backend)
+def has_kernel(backend):
+    return torch._C._dispatch_has_kernel_for_dispatch_key("flash_models::attention_fwd", backend)
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block-sparse patterns: small ones written out, and what must hold for all."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -256,3 +258,15 @@ def test_built_without_a_sort_or_a_wait(device):
             build_all(device)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_gpu_that_is_too_old_takes_plain_pytorch(monkeypatch):
+    old = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    monkeypatch.setattr(_layout_ops.fragment, "impl", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    call = _layout_ops._with_plain(torch.ops.flash_models.work_items.default, lambda tensor, *rest: rest)
+    monkeypatch.setattr(_layout_ops, "no_kernel_reason", lambda device: "older than Ampere")
+    assert call(old, 2, 8) == (2, 8)
+    monkeypatch.setattr(_layout_ops, "no_kernel_reason", lambda device: None)
+    with pytest.raises(RuntimeError, match="work_items"):  # the op, which takes tensors alone
+        call(old, 2, 8)
