@@ -23,7 +23,10 @@ def _block_lists(mask, max_listed, transposed, reach, global_blocks):
     if reach >= 0 or global_blocks:
         row = torch.arange(rows, dtype=torch.int32, device=mask.device)[:, None]
         col = torch.arange(cols, dtype=torch.int32, device=mask.device)
-        mask = mask | ((row - col).abs_() <= reach) | (row < global_blocks) | (col < global_blocks)
+        band = (row - col).abs_() <= reach
+        band[:global_blocks] = True
+        band[:, :global_blocks] = True
+        mask = mask | band
     listed = mask.flatten().cumsum(0, dtype=torch.int32)  # blocks listed up to and with each one
     row_ends = listed.view(heads * rows, cols)[:, -1]
     start = F.pad(row_ends, (1, 0)).unfold(0, rows + 1, rows).contiguous()
