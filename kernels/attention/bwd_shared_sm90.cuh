@@ -37,7 +37,11 @@ struct BackwardShared {
   static constexpr int kDq = kScores + 2 * Scores::kBytes, kWarpDqBytes = 16 * Config::kDqDim * 4;
   static constexpr int kRows = kDq + kWarps * kWarpDqBytes, kKept = kRows + 2 * kStages * kTileQ * 4;
   static constexpr int kBarriers = kKept + Kept::kBytes;
-  static constexpr int kNotes = (kBarriers + 8 * (9 + 4 * kStages + Kept::kBarriers) + 15) / 16 * 16;
+  using KeyRing = RingBarriers<2>;
+  using ValueRing = RingBarriers<1>;
+  using QueryRing = RingBarriers<kStages>;
+  static constexpr int kRings = KeyRing::kBytes + ValueRing::kBytes + 2 * QueryRing::kBytes + Kept::Barriers::kBytes;
+  static constexpr int kNotes = (kBarriers + 24 + kRings + 15) / 16 * 16;
   static constexpr int kBytes = kNotes + Notes<kStages>::kBytes;
   uint32_t base;
 
@@ -52,15 +56,11 @@ struct BackwardShared {
 
   __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
   __device__ __forceinline__ uint32_t ds_full(int buffer) const { return raw() + 8 + 8 * buffer; }
-  __device__ __forceinline__ uint32_t k_full(int stage) const { return raw() + 24 + 8 * stage; }
-  __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(2 + stage); }
-  __device__ __forceinline__ uint32_t v_full() const { return k_full(4); }
-  __device__ __forceinline__ uint32_t v_empty() const { return k_full(5); }
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return k_full(6 + stage); }
-  __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kStages + stage); }
-  __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_full(2 * kStages + stage); }
-  __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kStages + stage); }
-  __device__ __forceinline__ Kept kept() const { return {base + kKept, q_full(4 * kStages)}; }
+  __device__ __forceinline__ KeyRing k_ring() const { return {raw() + 24}; }
+  __device__ __forceinline__ ValueRing v_ring() const { return {k_ring().end()}; }
+  __device__ __forceinline__ QueryRing q_ring() const { return {v_ring().end()}; }
+  __device__ __forceinline__ QueryRing dout_ring() const { return {q_ring().end()}; }
+  __device__ __forceinline__ Kept kept() const { return {base + kKept, {dout_ring().end()}}; }
 
   __device__ __forceinline__ Notes<kStages> notes() const { return {base + kNotes}; }
 
@@ -69,18 +69,10 @@ struct BackwardShared {
     constexpr int kNoteReaders = kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of K's and Q's
     ptx::mbarrier_init(raw(), 1);
     for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), kReaders);
-    for (int stage = 0; stage < 2; ++stage) {
-      ptx::mbarrier_init(k_full(stage), 1);
-      ptx::mbarrier_init(k_empty(stage), kNoteReaders);
-    }
-    ptx::mbarrier_init(v_full(), 1);
-    ptx::mbarrier_init(v_empty(), kReaders);
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(q_full(stage), 2);  // Q; shift and delta
-      ptx::mbarrier_init(q_empty(stage), kNoteReaders);
-      ptx::mbarrier_init(dout_full(stage), 1);
-      ptx::mbarrier_init(dout_empty(stage), kReaders);
-    }
+    k_ring().init(1, kNoteReaders);
+    v_ring().init(1, kReaders);
+    q_ring().init(2, kNoteReaders);  // Q; shift and delta
+    dout_ring().init(1, kReaders);
     kept().init_barriers();
     ptx::mbarrier_init_fence();
   }

@@ -102,45 +102,46 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
     const Dropout dropout(p, work.place.batch * p.heads + head);
     int position = walk.next(0);
 
-    ptx::mbarrier_wait(shared.k_empty(keys.stage), keys.parity ^ 1);
+    shared.k_ring().await_empty(keys);
     if (producer.leader)
       shared.notes().tile(keys.stage) = {work.place.tile, head, work.place.batch,
                                          2 * static_cast<int>(work.slot) + (position < walk.count)};
-    producer.load(shared.k(keys.stage), maps.k, shared.k_full(keys.stage), key, head, batch, lo, hi);
+    producer.load(shared.k(keys.stage), maps.k, shared.k_ring().full(keys.stage), key, head, batch, lo, hi);
     keys.advance();
     if (position < walk.count) {
-      ptx::mbarrier_wait(shared.v_empty(), values.parity ^ 1);
-      producer.load(shared.v(), maps.v, shared.v_full(), key, head, batch, lo, hi);
+      shared.v_ring().await_empty(values);
+      producer.load(shared.v(), maps.v, shared.v_ring().full(0), key, head, batch, lo, hi);
       values.advance();
     }
     for (; position < walk.count; ring.advance()) {
       const int q0 = walk.tile(position) * kTileQ, stage = ring.stage;
       position = walk.next(position + 1);
-      ptx::mbarrier_wait(shared.q_empty(stage), ring.parity ^ 1);
+      shared.q_ring().await_empty(ring);
       if (producer.leader) {
         shared.notes().first(stage) = q0 + (position >= walk.count);
-        ptx::mbarrier_arrive_expect(shared.q_full(stage), 2 * 4 * kTileQ);
-        ptx::bulk_load(shared.shift(stage), g.shift + rows + q0, 4 * kTileQ, shared.q_full(stage));
-        ptx::bulk_load(shared.delta(stage), g.delta + rows + q0, 4 * kTileQ, shared.q_full(stage));
+        const uint32_t full = shared.q_ring().full(stage);
+        ptx::mbarrier_arrive_expect(full, 2 * 4 * kTileQ);
+        ptx::bulk_load(shared.shift(stage), g.shift + rows + q0, 4 * kTileQ, full);
+        ptx::bulk_load(shared.delta(stage), g.delta + rows + q0, 4 * kTileQ, full);
       }
-      producer.load(shared.q(stage), maps.q, shared.q_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
-      ptx::mbarrier_wait(shared.dout_empty(stage), ring.parity ^ 1);
-      producer.load(shared.dout(stage), maps.dout, shared.dout_full(stage), q_begin + q0, head, batch, 0, q_len - q0);
+      producer.load(shared.q(stage), maps.q, shared.q_ring().full(stage), q_begin + q0, head, batch, 0, q_len - q0);
+      shared.dout_ring().await_empty(ring);
+      producer.load(shared.dout(stage), maps.dout, shared.dout_ring().full(stage), q_begin + q0, head, batch, 0,
+                    q_len - q0);
       if constexpr (Config::kDropout) drawer(dropout, work.place.tile, q0);
     }
   }
-  ptx::mbarrier_wait(shared.k_empty(keys.stage), keys.parity ^ 1);
+  shared.k_ring().await_empty(keys);
   if (producer.leader) {
     shared.notes().tile(keys.stage) = TileNote::end();
-    ptx::mbarrier_arrive(shared.k_full(keys.stage));
+    ptx::mbarrier_arrive(shared.k_ring().full(keys.stage));
   }
 }
 
 template <typename T, typename Config>
 __device__ __forceinline__ void follow(const AttentionProblem& p) {
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
-  follow_notes(p, shared.notes(), shared.k_full(0), shared.k_empty(0), shared.q_full(0), shared.q_empty(0),
-               Drawer<T, Config>{shared});
+  follow_notes(p, shared.notes(), shared.k_ring(), shared.q_ring(), Drawer<T, Config>{shared});
 }
 
 template <typename T, typename Config>
@@ -184,7 +185,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   };
 
   while (true) {
-    ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
+    shared.k_ring().await_full(keys);
     const TileNote note = shared.notes().tile(keys.stage);
     if (note.last()) break;
     const KeyTile<Config> tile(p, note.tile, note.batch);
@@ -196,7 +197,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
         ptx::bulk_add_warp(dq_sum + int64_t{q0} * kDim, dq_shared, BackwardShared<T, Config>::kWarpDqBytes);
     };
     auto await_queries = [&](const Ring<Config::kStages>& place) {
-      ptx::mbarrier_wait(shared.q_full(place.stage), place.parity);
+      shared.q_ring().await_full(place);
       const int word = shared.notes().first(place.stage);
       if constexpr (kDropout) {
         shared.kept().take(drawn, row0 / 32, lane.id, keep.word);
@@ -218,8 +219,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       multiply_dq(dq, last_q0 == q_len);
       ptx::wgmma_wait<0>();
       store_dq(dq);
-      ptx::mbarrier_wait(shared.v_full(), values.parity);
-      ptx::mbarrier_wait(shared.dout_full(stage), ring.parity);
+      shared.v_ring().await_full(values);
+      shared.dout_ring().await_full(ring);
       ptx::wgmma_fence();
       multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(stage));
       ptx::wgmma_commit();
@@ -234,7 +235,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       }
       ptx::wgmma_wait<0>();
       const bool more = query % 2 == 0;
-      if (!more) ptx::mbarrier_arrive_warp(shared.v_empty());
+      if (!more) shared.v_ring().release(values);
 
       uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
 #pragma unroll
@@ -270,14 +271,13 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       next.advance();
       if (more) query = await_queries(next);
       ptx::wgmma_wait<1>();
-      ptx::mbarrier_arrive_warp(shared.dout_empty(stage));
+      ptx::mbarrier_arrive_warp(shared.dout_ring().empty(stage));
       ptx::wgmma_wait<0>();
-      ptx::mbarrier_arrive_warp(shared.q_empty(stage));
+      ptx::mbarrier_arrive_warp(shared.q_ring().empty(stage));
       ring = next;
       if (!more) break;
     }
     if (walks) {
-      values.advance();
       float dq[1][kDqDim / 8][4];
       multiply_dq(dq, false);
       ptx::wgmma_wait<0>();
@@ -288,8 +288,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     }
     const TileNote done = shared.notes().tile(keys.stage);  // read again, so that it need not be kept
     const Sequence s = sequence_of(p, done.batch);
-    ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
-    keys.advance();
+    shared.k_ring().release(keys);
 
     if (done.slot() >= 0) {
       const float one[2] = {1.0f, 1.0f};

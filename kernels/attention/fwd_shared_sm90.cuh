@@ -31,7 +31,10 @@ struct ForwardShared {
   using Key = PanelTile<T, Config::kTileK, Config::kDim>;
   using Kept = KeptBits<4 * Config::kWarpgroups, 4 * Config::kWarpgroups, Config::kTileK / 64, 2>;
   static constexpr int kKept = 2 * Query::kBytes + 2 * kStages * Key::kBytes, kBarriers = kKept + Kept::kBytes;
-  static constexpr int kNotes = (kBarriers + 8 * (5 + 4 * kStages + Kept::kBarriers) + 15) / 16 * 16;
+  using QueryRing = RingBarriers<2>;
+  using KeyRing = RingBarriers<kStages>;
+  static constexpr int kRings = QueryRing::kBytes + 2 * KeyRing::kBytes + Kept::Barriers::kBytes;
+  static constexpr int kNotes = (kBarriers + 8 + kRings + 15) / 16 * 16;
   static constexpr int kBytes = kNotes + Notes<kStages>::kBytes;
   uint32_t base;
 
@@ -40,13 +43,10 @@ struct ForwardShared {
   __device__ __forceinline__ Key v(int stage) const { return k(kStages + stage); }
 
   __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return base + kBarriers + 8 + 8 * stage; }
-  __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(2 + stage); }
-  __device__ __forceinline__ uint32_t k_full(int stage) const { return q_full(4 + stage); }
-  __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kStages + stage); }
-  __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kStages + stage); }
-  __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kStages + stage); }
-  __device__ __forceinline__ Kept kept() const { return {base + kKept, k_full(4 * kStages)}; }
+  __device__ __forceinline__ QueryRing q_ring() const { return {raw() + 8}; }
+  __device__ __forceinline__ KeyRing k_ring() const { return {q_ring().end()}; }
+  __device__ __forceinline__ KeyRing v_ring() const { return {k_ring().end()}; }
+  __device__ __forceinline__ Kept kept() const { return {base + kKept, {v_ring().end()}}; }
 
   __device__ __forceinline__ Notes<kStages> notes() const { return {base + kNotes}; }
 
@@ -54,16 +54,9 @@ struct ForwardShared {
     constexpr int kReaders = 4 * Config::kWarpgroups * ptx::kWarpArrivals;
     constexpr int kNoteReaders = kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of Q's and K's
     ptx::mbarrier_init(raw(), 1);
-    for (int stage = 0; stage < 2; ++stage) {
-      ptx::mbarrier_init(q_full(stage), 1);
-      ptx::mbarrier_init(q_empty(stage), kNoteReaders);
-    }
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(k_full(stage), 1);
-      ptx::mbarrier_init(v_full(stage), 1);
-      ptx::mbarrier_init(k_empty(stage), kNoteReaders);
-      ptx::mbarrier_init(v_empty(stage), kReaders);
-    }
+    q_ring().init(1, kNoteReaders);
+    k_ring().init(1, kNoteReaders);
+    v_ring().init(1, kReaders);
     kept().init_barriers();
     ptx::mbarrier_init_fence();
   }

@@ -123,39 +123,38 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
     const int key_begin = static_cast<int>(tile.s.k_begin);
     int position = walk.next(0);
 
-    ptx::mbarrier_wait(shared.q_empty(queries.stage), queries.parity ^ 1);
+    shared.q_ring().await_empty(queries);
     if (producer.leader)
       shared.notes().tile(queries.stage) = {work.place.tile, head, work.place.batch,
                                             2 * static_cast<int>(work.slot) + (position < walk.count)};
-    producer.load(shared.q(queries.stage), maps.q, shared.q_full(queries.stage),
+    producer.load(shared.q(queries.stage), maps.q, shared.q_ring().full(queries.stage),
                   static_cast<int>(tile.s.q_begin) + tile.q0, head, batch);
     queries.advance();
     const Dropout dropout(p, work.place.batch * p.heads + head);
     while (position < walk.count) {
       const int k0 = walk.tile(position) * Config::kTileK;
       position = walk.next(position + 1);
-      ptx::mbarrier_wait(shared.k_empty(ring.stage), ring.parity ^ 1);
+      shared.k_ring().await_empty(ring);
       if (producer.leader) shared.notes().first(ring.stage) = k0 + (position >= walk.count);
-      producer.load(shared.k(ring.stage), maps.k, shared.k_full(ring.stage), key_begin + k0, head, batch);
-      ptx::mbarrier_wait(shared.v_empty(ring.stage), ring.parity ^ 1);
-      producer.load(shared.v(ring.stage), maps.v, shared.v_full(ring.stage), key_begin + k0, head, batch,
+      producer.load(shared.k(ring.stage), maps.k, shared.k_ring().full(ring.stage), key_begin + k0, head, batch);
+      shared.v_ring().await_empty(ring);
+      producer.load(shared.v(ring.stage), maps.v, shared.v_ring().full(ring.stage), key_begin + k0, head, batch,
                     tile.visible.lo - k0, tile.visible.hi - k0);
       ring.advance();
       if constexpr (Config::kDropout) drawer(dropout, work.place.tile, k0);
     }
   }
-  ptx::mbarrier_wait(shared.q_empty(queries.stage), queries.parity ^ 1);
+  shared.q_ring().await_empty(queries);
   if (producer.leader) {
     shared.notes().tile(queries.stage) = TileNote::end();
-    ptx::mbarrier_arrive(shared.q_full(queries.stage));
+    ptx::mbarrier_arrive(shared.q_ring().full(queries.stage));
   }
 }
 
 template <typename T, typename Config>
 __device__ __forceinline__ void follow(const AttentionProblem& p) {
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
-  follow_notes(p, shared.notes(), shared.q_full(0), shared.q_empty(0), shared.k_full(0), shared.k_empty(0),
-               Drawer<T, Config>{shared});
+  follow_notes(p, shared.notes(), shared.q_ring(), shared.k_ring(), Drawer<T, Config>{shared});
 }
 
 template <typename T, typename Config>
@@ -182,14 +181,10 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
     multiply_columns<T>(out, probabilities, shared.v(values.stage), true);
     ptx::wgmma_commit();
   };
-  auto release_v = [&] {
-    ptx::mbarrier_arrive_warp(shared.v_empty(values.stage));
-    values.advance();
-  };
   auto await_tile = [&] {  // with its first keys
-    ptx::mbarrier_wait(shared.q_full(queries.stage), queries.parity);
+    shared.q_ring().await_full(queries);
     const TileNote note = shared.notes().tile(queries.stage);
-    if (note.walks()) ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
+    if (note.walks()) shared.k_ring().await_full(keys);
     return note;
   };
 
@@ -217,21 +212,17 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
     auto take_keep = [&] {
       if constexpr (kDropout) shared.kept().take(drawn, row0 / 16, lane.id, keep.word);
     };
-    auto release_k = [&] {
-      ptx::mbarrier_arrive_warp(shared.k_empty(keys.stage));
-      keys.advance();
-    };
 
     if (note.walks()) {
       int k0 = shared.notes().first(keys.stage);
-      release_k();
+      shared.k_ring().release(keys);
       take_keep();
       mask(k0 & ~1);
       move();
       exponentiate();
       while (k0 % 2 == 0) {  // not the last
-        ptx::mbarrier_wait(shared.k_full(keys.stage), keys.parity);
-        ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
+        shared.k_ring().await_full(keys);
+        shared.v_ring().await_full(values);
         Turns<Config::kWarpgroups>::take(warpgroup);
         ptx::wgmma_fence();
         multiply_qk();
@@ -240,24 +231,23 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
         k0 = shared.notes().first(keys.stage);
         take_keep();
         ptx::wgmma_wait<1>();
-        release_k();
+        shared.k_ring().release(keys);
         mask(k0 & ~1);
         ptx::wgmma_wait<0>();
-        release_v();
+        shared.v_ring().release(values);
         exponentiate();
       }
-      ptx::mbarrier_wait(shared.v_full(values.stage), values.parity);
+      shared.v_ring().await_full(values);
     }
     const bool with_keys = note.walks();
     const int batch = note.batch;
-    ptx::mbarrier_arrive_warp(shared.q_empty(queries.stage));
-    queries.advance();
+    shared.q_ring().release(queries);
     note = await_tile();
     ptx::wgmma_fence();
     if (with_keys) multiply_pv();
     multiply_qk();
     ptx::wgmma_wait<1>();
-    if (with_keys) release_v();
+    if (with_keys) shared.v_ring().release(values);
 
     softmax.finish(factor, kDropout ? p.keep_scale : 1.0f);
     if (slot >= 0) {
