@@ -16,17 +16,22 @@ import torch.nn.functional as F
 from ._library import fragment, no_kernel_reason
 
 
+def band(rows, cols, reach, device):
+    """bool (rows, cols): numbers at most `reach` apart."""
+    row = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
+    col = torch.arange(cols, dtype=torch.int32, device=device)
+    return (row - col).abs_() <= reach
+
+
 def _block_lists(mask, max_listed, transposed, reach, global_blocks):
     """A scan and a binary search: what is not listed costs one byte and one int32 of scratch memory."""
     mask = mask.transpose(1, 2) if transposed else mask
     heads, rows, cols = mask.shape
     if reach >= 0 or global_blocks:
-        row = torch.arange(rows, dtype=torch.int32, device=mask.device)[:, None]
-        col = torch.arange(cols, dtype=torch.int32, device=mask.device)
-        band = (row - col).abs_() <= reach
-        band[:global_blocks] = True
-        band[:, :global_blocks] = True
-        mask = mask | band
+        beside = band(rows, cols, reach, mask.device)
+        beside[:global_blocks] = True
+        beside[:, :global_blocks] = True
+        mask = mask | beside
     listed = mask.flatten().cumsum(0, dtype=torch.int32)  # blocks listed up to and with each one
     row_ends = listed.view(heads * rows, cols)[:, -1]
     start = F.pad(row_ends, (1, 0)).unfold(0, rows + 1, rows).contiguous()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ._block_layout import block_shape, check_block_size, check_count, check_length, layout_of_mask
-from ._layout_ops import random_blocks
+from ._layout_ops import band, random_blocks
 
 
 def from_block_mask(mask, seqlen_q, seqlen_k, block_size=128):
@@ -178,12 +178,6 @@ def tile_order(height, width, block_size, device=None):
     return raster.transpose(1, 2).reshape(-1)
 
 
-def _band(count, reach, device):
-    """bool (count, count): numbers at most `reach` apart."""
-    number = torch.arange(count, dtype=torch.int32, device=device)
-    return (number[:, None] - number).abs_() <= reach
-
-
 def grid_2d(height, width, radius, n_global=0, *, block_size=64, device=None):
     """Neighbourhoods of an image whose pixels are stored in `tile_order`, behind `n_global` global tokens.
 
@@ -200,7 +194,7 @@ def grid_2d(height, width, radius, n_global=0, *, block_size=64, device=None):
         )
     seqlen, global_blocks = n_global + height * width, n_global // block_size
     block_shape(seqlen, seqlen, block_size)
-    near_rows, near_cols = (_band(count, radius, device) for count in (height // rows, width // cols))
+    near_rows, near_cols = (band(count, count, radius, device) for count in (height // rows, width // cols))
     near = near_rows[:, None, :, None] & near_cols[None, :, None, :]
     mask = near.view(near.shape[0] * near.shape[1], -1)
     if global_blocks:

@@ -62,19 +62,15 @@ struct Schedule {
 // What is kept of one tile of transposed scores after the other, by a drawer.
 template <typename T, typename Config>
 struct Drawer {
-  static constexpr int kGroups = Config::kTileK / 32, kWords = Config::kTileQ / 32;
-  static constexpr int kShare = kGroups * kWords / kDrawers, kBlock = std::max(1, kShare);  // row patches an item
   const BackwardShared<T, Config> shared;
   const int lane = ptx::lane_id();
   Ring<Config::kKeptStages> drawn;
 
   __device__ __forceinline__ void operator()(const Dropout& dropout, int tile, int first_query) {
-    shared.kept().fill(drawn, kGroups * kWords / kBlock, [&](int item) {  // 32 kBlock queries x 32 keys
-      const int group = item % kGroups, first = item / kGroups * kBlock, col_patch = tile * kGroups + group;
-#pragma unroll
-      for (int i = first; i < first + kBlock; ++i)
-        shared.kept().word(drawn.stage, group, i, lane) =
-            transposed(dropout.kept(first_query / 32 + i, col_patch, lane));
+    constexpr int kRows = Config::kTileQ / 32, kColumns = Config::kTileK / 32;
+    shared.kept().template fill<kRows, kColumns>(drawn, [&](int row, int column) {  // 32 queries x 32 keys
+      shared.kept().word(drawn.stage, column, row, lane) =
+          transposed(dropout.kept(first_query / 32 + row, tile * kColumns + column, lane));
     });
   }
 };
@@ -110,7 +106,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
     keys.advance();
     if (position < walk.count) {
       shared.v_ring().await_empty(values);
-      producer.load(shared.v(), maps.v, shared.v_ring().full(0), key, head, batch, lo, hi);
+      producer.load(shared.v(), maps.v, shared.v_ring().full(values.stage), key, head, batch, lo, hi);
       values.advance();
     }
     for (; position < walk.count; ring.advance()) {

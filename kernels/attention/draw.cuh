@@ -41,13 +41,19 @@ struct KeptBits {
     barriers.release(ring);
   }
 
-  // By a drawer: `draw(item)` writes one of the tile's `items` items; the drawers share them. An item is a block of
-  // patches: calls of Philox for the same rows or columns have their first rounds in common, and side by side they hide
-  // that each is one chain of dependent instructions.
-  template <typename Draw>
-  __device__ __forceinline__ void fill(Ring<kStages>& ring, int items, Draw draw) const {
+  // By a drawer: `draw(row, column)` writes one of the tile's kRows x kColumns parts. The drawers share them in blocks
+  // of neighbouring rows: calls of Philox for the same rows or columns have their first rounds in common, and side by
+  // side they hide that each is one chain of dependent instructions.
+  template <int kRows, int kColumns, typename Draw>
+  __device__ __forceinline__ void fill(Ring<kStages>& ring, Draw draw) const {
+    constexpr int kShare = kRows * kColumns / kDrawers, kBlock = kShare > 0 ? kShare : 1;  // rows
+    static_assert(kRows % kBlock == 0);
     barriers.await_empty(ring);
-    for (int item = threadIdx.x % 128 / 32; item < items; item += kDrawers) draw(item);
+    for (int block = threadIdx.x % 128 / 32; block < kRows * kColumns / kBlock; block += kDrawers) {
+      const int first = block / kColumns * kBlock;
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) draw(first + i, block % kColumns);
+    }
     ptx::mbarrier_arrive_warp(barriers.full(ring.stage));
     ring.advance();
   }

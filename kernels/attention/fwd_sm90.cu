@@ -82,26 +82,20 @@ struct Turns {
 // What is kept of one tile of scores after the other, by a drawer.
 template <typename T, typename Config>
 struct Drawer {
-  static constexpr int kWords = Config::kTileK / 64, kRowPatches = Config::kTileQ / 32;
-  static constexpr int kShare = kWords * kRowPatches / kDrawers, kBlock = std::max(1, kShare);  // row patches an item
   const ForwardShared<T, Config> shared;
   const int lane = ptx::lane_id();
   Ring<2> drawn;
 
   __device__ __forceinline__ void operator()(const Dropout& dropout, int tile, int first_key) {
-    shared.kept().fill(drawn, kWords * kRowPatches / kBlock, [&](int item) {  // 32 kBlock queries x 64 keys
-      const int part = item % kWords, first = item / kWords * kBlock, col_patch = first_key / 32 + 2 * part;
+    constexpr int kRows = Config::kTileQ / 32, kColumns = Config::kTileK / 64;
+    shared.kept().template fill<kRows, kColumns>(drawn, [&](int row, int column) {  // 32 queries x 64 keys
+      const int row_patch = tile * kRows + row, col_patch = first_key / 32 + 2 * column;
+      const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
+                                   dropout.kept(row_patch, col_patch + 1, lane)};
+      uint32_t words[2];
+      KeepPacked<8>::split(patches, words);
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        const int row_patch = tile * kRowPatches + first + i;
-        const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
-                                     dropout.kept(row_patch, col_patch + 1, lane)};
-        uint32_t words[2];
-        KeepPacked<8>::split(patches, words);
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          shared.kept().word(drawn.stage, 2 * (first + i) + half, part, lane) = words[half];
-      }
+      for (int half = 0; half < 2; ++half) shared.kept().word(drawn.stage, 2 * row + half, column, lane) = words[half];
     });
   }
 };
@@ -295,14 +289,14 @@ void launch_forward(const AttentionProblem& p) {
   using Shared = ForwardShared<T, Config>;
   const ForwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
                          key_map<typename Shared::Key>(p, p.v)};
-  const bool listed = p.rows.start != nullptr, equal = !listed && p.cu_seqlens_q == nullptr;
-  const bool pairs = equal && p.causal;
+  const bool listed = p.rows.start != nullptr, alike = !listed && p.cu_seqlens_q == nullptr;
+  const bool pairs = alike && p.causal;
   const int64_t query_tiles = ceil_div(p.seqlen_q, Config::kTileQ);
   const int64_t units = listed ? ListedWork::count(p, p.rows, p.row_items.count)
                                : (pairs ? ceil_div(query_tiles, 2) : query_tiles) * p.heads * p.batch;
   if (units << pairs > 0x3FFFFFFF)
     throw std::runtime_error("flash_models: attention_fwd_sm90 takes fewer than 2^30 query tiles; split the batch");
-  const int64_t ctas = listed || equal ? std::min<int64_t>(units, Config::kCtasPerSm * multiprocessors()) : units;
+  const int64_t ctas = listed || alike ? std::min<int64_t>(units, Config::kCtasPerSm * multiprocessors()) : units;
   launch<attention_fwd_sm90<T, Config>, Shared::kBytes>(
       "attention_fwd_sm90", ctas, Config::kThreads, p.stream, p, maps,
       Schedule{static_cast<int>(query_tiles), static_cast<int>(units << pairs), pairs, p.ticket});

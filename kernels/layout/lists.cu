@@ -39,6 +39,12 @@ __device__ __forceinline__ int scan(int x, int& total) {
   return before + sum - x;
 }
 
+// Where `start` says that a line begins, and behind it where it ends: a head has one entry more than lines.
+template <typename Start>
+__device__ __forceinline__ Start* entry_of(Start* start, int64_t line, int64_t lines) {
+  return start + line + line / lines;
+}
+
 // The line of a warp, and its blocks, 32 at a time.
 struct Line {
   const BlockMask& mask;
@@ -82,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
     const int begin = before + scan(count, total);
     before += total;
     if (line >= heads * lines) continue;
-    int32_t* here = start + line + line / lines;  // a head has one entry more than lines
+    int32_t* here = entry_of(start, line, lines);
     here[0] = begin;
     if (line % lines == lines - 1) here[1] = begin + count;
   }
@@ -92,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
     block_lists_fill(const __grid_constant__ BlockMask mask, const int32_t* start, int64_t max_listed, int32_t* index) {
   const Line line(mask);
   const int lane = threadIdx.x % 32;
-  int64_t next = line.exists ? start[line.number + line.head] : 0;
+  int64_t next = line.exists ? *entry_of(start, line.number, mask.lines) : 0;
   for (int64_t first = 0; first < line.length; first += 32) {
     const uint32_t listed = line.listed(first);
     const int64_t mine = next + __popc(listed & ((1u << lane) - 1));
@@ -111,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) layout_work_items(const int32_t* sta
     const int64_t line = first_line + threadIdx.x;
     int64_t begin = 0, length = 0;
     if (line < count) {
-      const int32_t* here = start + line + line / lines;
+      const int32_t* here = entry_of(start, line, lines);
       begin = here[0], length = here[1] - begin;
     }
     int pieces = line < count ? static_cast<int>(max(int64_t{1}, (length + max_blocks - 1) / max_blocks)) : 0, total;
