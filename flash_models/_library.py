@@ -33,6 +33,18 @@ SCHEMAS = {
     ),
     "random_blocks": "(Tensor like, int n, int reach, int global_blocks, int n_random, int seed) -> Tensor",
     "work_items": "(Tensor start, int max_blocks, int max_partial) -> Tensor",
+    "norm_fwd": (
+        "(Tensor? x, Tensor? bias, Tensor residual, Tensor? weight, Tensor? shift, float eps, float p, Tensor? seed, "
+        "bool keep_sum, ScalarType kept_dtype, ScalarType dtype) -> (Tensor kept, Tensor out, Tensor statistics)"
+    ),
+    "norm_bwd": (
+        "(Tensor? dsum, Tensor? dout, Tensor? kept, Tensor? statistics, Tensor? weight, Tensor? seed, float p, "
+        "bool kept_sum, bool has_bias, bool needs_x, ScalarType x_dtype, bool needs_residual, "
+        "ScalarType residual_dtype) -> (Tensor dx, Tensor dresidual, Tensor sums)"
+    ),
+    "gelu_fwd": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
+    "gelu_bwd": "(Tensor dout, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)",
+    "softmax_gradient_": "(Tensor(a!) logits, Tensor labels, int vocabulary) -> Tensor",
 }
 fragment = torch.library.Library("flash_models", "FRAGMENT")
 

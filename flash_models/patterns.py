@@ -194,8 +194,9 @@ def grid_2d(height, width, radius, n_global=0, *, block_size=64, device=None):
         )
     seqlen, global_blocks = n_global + height * width, n_global // block_size
     block_shape(seqlen, seqlen, block_size)
-    near_rows, near_cols = (band(count, count, radius, device) for count in (height // rows, width // cols))
-    near = near_rows[:, None, :, None] & near_cols[None, :, None, :]
+    down, across = height // rows, width // cols
+    near = band(max(down, across), max(down, across), radius, device)
+    near = near[:down, None, :down, None] & near[None, :across, None, :across]
     mask = near.view(near.shape[0] * near.shape[1], -1)
     if global_blocks:
         mask = F.pad(mask, (global_blocks, 0, global_blocks, 0))

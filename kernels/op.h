@@ -19,6 +19,8 @@
 #include <utility>
 #include <vector>
 
+#include "dtype.h"
+
 #ifdef FLASH_MODELS_CUDA
 // Weak, because a torch without CUDA does not have it; there no CUDA tensor can reach the call.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -56,6 +58,16 @@ inline std::string shape_of(const Tensor& t) {
   text << ")";
   return text.str();
 }
+
+inline DType dtype_of(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: STD_TORCH_CHECK(false, "flash_models: ", name, " must be float32, bfloat16 or float16");
+  }
+}
+inline DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.scalar_type(), name); }
 
 inline Shape shape_vector(const Tensor& t) {
   const auto sizes = t.sizes();
@@ -100,7 +112,7 @@ inline std::optional<torch::stable::accelerator::DeviceGuard> on_device_of(const
 inline void* stream_of(const Tensor& t) {
   void* stream = nullptr;
 #ifdef FLASH_MODELS_CUDA
-  if (t.is_cuda()) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
+  if (t.is_cuda()) TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &stream));
 #endif
   return stream;
 }

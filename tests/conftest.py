@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import compatibility
+import emulated
 import pytest
 import torch
 from attention_case import DTYPES
+
+from flash_models.fused import cross_entropy, gelu, kernels, norm
 
 # the scripts and what they import: `import pathx`, `from tasks import ...`
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
@@ -70,3 +73,25 @@ def poisoned_memory(monkeypatch):
     assert torch.empty(8).isnan().all()
     yield
     torch._C._set_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def emulated_sublayer(tmp_path_factory):
+    """The ops of kernels/sublayer for CPU tensors."""
+    if not emulated.POSSIBLE:
+        pytest.skip(emulated.NEEDS)
+    sources = [f"sublayer/{name}" for name in ("norm.cu", "gelu.cu", "cross_entropy.cu", "op.cpp")]
+    ops = emulated.ops(tmp_path_factory.mktemp("emulated"), "emulated_sublayer", 90, sources)
+    kernels.register_fakes("emulated_sublayer")
+    return ops
+
+
+@pytest.fixture(params=["plain", "kernel"])
+def form(request, device, monkeypatch):
+    """(device, dtype) of the fused functions in plain PyTorch, and by the kernels, which are emulated on a CPU."""
+    kernel = request.param == "kernel"
+    if kernel and device.type == "cpu":
+        monkeypatch.setattr(kernels, "ops", request.getfixturevalue("emulated_sublayer"))
+    for module in (gelu, norm, cross_entropy):
+        monkeypatch.setattr(module, "use_kernels", lambda tensor: kernel and tensor.shape[-1] % 8 == 0)
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16

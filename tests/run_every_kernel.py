@@ -19,6 +19,7 @@ import sys
 import torch
 
 import flash_models
+from flash_models import fused
 from flash_models.layouts import local_global
 
 DTYPES = torch.bfloat16, torch.float16
@@ -51,10 +52,26 @@ def decoding_case(head_dim, dtype, queries, keys):
     return lambda: (flash_models.attention(q, k, v, causal=True),)
 
 
+def sublayer_case(columns, dtype, approximate, post_norm):
+    """The same for what stands between matrix products: norms, GELU and the gradient of logits."""
+    x = torch.randn(77, columns, device="cuda", dtype=dtype, requires_grad=True)
+    norm, bias = torch.nn.LayerNorm(columns, device="cuda"), torch.randn(columns, device="cuda", requires_grad=True)
+    labels = torch.randint(0, columns, (77,), device="cuda")
+
+    def call():
+        normal = fused.dropout_add_norm(fused.bias_gelu(x, bias, approximate), bias, x, norm, 0.1, post_norm)[1]
+        loss = fused.linear_cross_entropy(fused.layer_norm(normal, norm), norm.weight.diag(), None, labels)
+        return torch.autograd.grad(loss, (x, bias, *norm.parameters()))
+
+    return call
+
+
 def run_all():
     training = itertools.product((32, 64, 96, 128), DTYPES, (0.0, 0.1), (None, 64, 128), (False, True))
     decoding = itertools.product((32, 64, 80, 128), DTYPES, (1, 3), (70, 1100))
-    calls = [training_case(*case) for case in training] + [decoding_case(*case) for case in decoding]
+    sublayers = itertools.product((64, 2056, 4104), (torch.float32, *DTYPES), ("none", "tanh"), (False, True))
+    kinds = (training_case, training), (decoding_case, decoding), (sublayer_case, sublayers)
+    calls = [make(*case) for make, cases in kinds for case in cases]
     for call in calls:
         call()
     torch.cuda.synchronize()

@@ -1,17 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels, run on the CPU by `tests/emulation`, against the reference in float64.
 
-Where there is no GPU this is what stands between an edit of a kernel and a wrong result: the sources are compiled as
-C++ with the files exchanged that wrap instructions and the driver, nothing else. Registered as
-`emulated_sm80::attention_fwd` / `_bwd` (the portable kernels) and `emulated_sm90` (those for Hopper).
+Registered as `emulated_sm80::attention_fwd` / `_bwd` (the portable kernels) and `emulated_sm90` (those for Hopper).
 """
 
-import os
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
+import emulated
 import pytest
 import torch
 
@@ -20,13 +13,7 @@ from flash_models._schedule import make_schedule
 from flash_models.layouts import from_block_mask
 from flash_models.reference import attention_reference
 
-ROOT = Path(__file__).parents[1]
-CUDA_INCLUDE = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-pytestmark = pytest.mark.skipif(
-    not (CUDA_INCLUDE / "cuda_bf16.h").exists() or shutil.which("g++") is None,
-    reason="needs g++ and the headers of a CUDA toolkit",
-)
-
+pytestmark = pytest.mark.skipif(not emulated.POSSIBLE, reason=emulated.NEEDS)
 
 SOURCES = (
     "attention/cuda.cu",
@@ -44,31 +31,11 @@ SOURCES = (
 )
 
 
-@pytest.fixture(scope="module", params=["sm80", "sm90"])
-def emulated(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=[80, 90], ids=["sm80", "sm90"], name="emulated")
+def emulated_ops(request, tmp_path_factory):
     """The emulated ops, compiled from the kernels as they are now."""
-    folder, name = tmp_path_factory.mktemp("emulated"), f"emulated_{request.param}"
-    torch_dir = Path(torch.__file__).parent
-    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-w", "-x", "c++", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += [
-        f"-D{op}_cpu={op}_cuda" for op in ("attention_fwd", "attention_bwd", "forward_scratch", "backward_scratch")
-    ]
-    command += [f"-Dflash_models={name}", f"-DFM_EMULATED_CAPABILITY={request.param.removeprefix('sm')}"]
-    command += [f"-I{p}" for p in (ROOT / "tests/emulation", ROOT / "kernels", CUDA_INCLUDE, torch_dir / "include")]
-
-    def compile_one(source):
-        target = folder / f"{source.replace('/', '-')}.o"
-        key = ["-DFLASH_MODELS_CUDA=CPU"] if source == "layout/op.cpp" else []
-        subprocess.run([*command, *key, "-c", ROOT / "kernels" / source, "-o", target], check=True)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
-    library = folder / f"{name}.so"
-    link = [f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-    subprocess.run(["g++", "-shared", "-o", library, *objects, *link], check=True)
-    torch.ops.load_library(library)
-    return getattr(torch.ops, name)
+    name = f"emulated_sm{request.param}"
+    return emulated.ops(tmp_path_factory.mktemp(name), name, request.param, SOURCES)
 
 
 CASES = {

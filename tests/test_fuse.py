@@ -172,11 +172,11 @@ def test_autocast(device, name):
 
 
 @pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForPreTraining", *LM_HEADS[::2], "GPT2Model"])
-def test_compiled_in_one_graph(name):
+def test_compiled_in_one_graph(device, name):
     torch._dynamo.reset()
-    models = triplet(name, torch.device("cpu"))
+    models = triplet(name, device)
     compiled = torch.compile(models[0], fullgraph=True, backend="aot_eager")
-    batch, results = inputs(name, padded="none")[1], []
+    batch, results = inputs(name, device, padded="none")[1], []
     for model in (compiled, *models[1:]):
         output = model(**batch)
         if model is compiled and name in LM_HEADS:  # the vocabulary is not projected to in the graph
@@ -185,6 +185,19 @@ def test_compiled_in_one_graph(name):
         results.append({key: value.detach() for key, value in tensors(read(output)).items()})
     assert_all_same(*results)
     assert_all_same(*({key: weight.grad for key, weight in model.named_parameters()} for model in models))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the graph has the kernels' ops on CUDA alone")
+def test_a_deep_model_compiles():
+    """Inductor of torch 2.11 would describe the loss's input by all ways through the layers."""
+    torch._dynamo.reset()
+    config = transformers.GPT2Config(vocab_size=97, n_embd=64, n_layer=24, n_head=2, n_positions=64)
+    model = patch(transformers.GPT2LMHeadModel(config).cuda(), fuse=True).train()
+    ids = token_ids(device="cuda") % 97
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = torch.compile(model, fullgraph=True)(ids, labels=ids).loss
+    loss.backward()
+    assert 4 < loss.item() < 5.5 and all(weight.grad.isfinite().all() for weight in model.parameters())
 
 
 @pytest.mark.parametrize("name", LM_HEADS)

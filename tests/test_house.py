@@ -51,10 +51,10 @@ WALLS = {
         ("kernels/hopper/", "kernels/ampere/"),
     ),
     "torch headers only in kernels/op.h": (r"#\s*include\s*[<\"](torch|ATen|c10)/", "kernels/", ("kernels/op.h",)),
-    "torch.ops.flash_models only in ops.py and _layout_ops.py": (
+    "torch.ops.flash_models only in ops.py, _layout_ops.py and fused/kernels.py": (
         r"torch\.ops\.flash_models",
         "flash_models/",
-        ("flash_models/ops.py", "flash_models/_layout_ops.py"),
+        ("flash_models/ops.py", "flash_models/_layout_ops.py", "flash_models/fused/kernels.py"),
     ),
     "transformers only in hf.py, models/, long_context.py, checkpoints.py": (
         r"^\s*(from|import)\s+transformers\b|import_module\(.transformers",

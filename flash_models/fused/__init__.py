@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands around attention in a training step, in fewer passes over memory.
 
-Every function has two forms with one meaning: plain PyTorch, which is the definition, runs anywhere and is what
-torch.compile traces and fuses by itself; and on CUDA, in eager mode, Triton kernels, which read and write every
-activation once. Triton, and not small functions under torch.compile, because a launch costs a quarter of the host time
-of a compiled function's guards, `retain_graph` works, and no new length or model size makes anything compile again.
+Every function has two forms with one meaning: plain PyTorch, which is the definition and runs anywhere; and on CUDA the
+kernels of kernels/sublayer, which read and write every activation once. torch.compile takes these as they are: fusing
+plain PyTorch by itself it draws four random words for each value that it drops, and sums gradients over rows in passes
+of their own.
 """
 
 from .cross_entropy import linear_cross_entropy

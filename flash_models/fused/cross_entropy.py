@@ -10,7 +10,8 @@ fast path; padding columns get no probability.
 
 import torch
 
-from .dispatch import compute_dtype, use_triton
+from .dispatch import compute_dtype, use_kernels
+from .kernels import softmax_gradient_
 
 MAX_LOGITS_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 ALIGNMENT = 64
@@ -23,6 +24,8 @@ def linear_cross_entropy(hidden, weight, bias, labels, ignore_index=-100, reduct
 
     On CUDA it waits for the GPU once, to learn how many tokens have a label, and not while a CUDA graph is captured.
     """
+    if torch.compiler.is_compiling() and torch.__version__ < "2.13":
+        _introduce_to_inductor()
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     total, *_ = _loss_and_gradients(hidden, weight, bias, labels, ignore_index, compute_dtype(hidden), *needs)
     if reduction == "sum":
@@ -54,9 +57,7 @@ def _padded(tensor, rows, dtype):
 def _softmax_gradient_(logits, labels, vocabulary):
     """Turn logits (n, padded V) into the gradient of the summed loss; the losses, float32 (n,). Labels below 0 have
     neither."""
-    if use_triton(logits):
-        from .cross_entropy_kernels import softmax_gradient_
-
+    if use_kernels(logits):
         return softmax_gradient_(logits, labels, vocabulary)
     real = logits[:, :vocabulary]
     log_p = real.to(torch.promote_types(real.dtype, torch.float32)).log_softmax(-1)
@@ -160,3 +161,16 @@ def _backward(ctx, dtotal, *_):
 
 
 _loss_and_gradients.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.compiler.assume_constant_result  # runs while torch.compile traces
+def _introduce_to_inductor():
+    """The op last in a graph, as Inductor would register it when it meets it. Up to torch 2.12 that formats, for a log,
+    the op's arguments with all that they were computed from: through norms and residuals there are 2^layers ways."""
+    from torch._inductor import lowering
+    from torch._library.utils import get_layout_constraint_tag
+
+    op = _loss_and_gradients._opoverload
+    if op not in lowering.lowerings:
+        tag = get_layout_constraint_tag(op, with_default=True)
+        lowering.make_fallback(op, layout_constraint=lowering.tag_to_layout_constraint(tag))

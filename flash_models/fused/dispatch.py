@@ -1,32 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which form of a fused function runs, in which dtype it computes, and the matrix products of all of them."""
 
-import functools
-import warnings
-
 import torch
 from torch.nn import functional as F
 
+from .._library import no_kernel_reason
 
-@functools.cache
-def _has_triton():
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        warnings.warn(
-            "fuse: triton is not installed, so plain PyTorch computes (the result is the same, but slower); "
-            "it comes with PyTorch for CUDA, or: pip install triton",
-            stacklevel=2,
-        )
-        return False
-    return True
+CHUNK = 8  # values that a thread of a kernel takes at once: 16 bytes of bfloat16
 
 
-def use_triton(tensor):
-    """Whether the Triton kernels, which compute in float32, take `tensor`: on CUDA, outside of torch.compile, which
-    fuses plain PyTorch itself."""
-    known = tensor.is_cuda and tensor.dtype.itemsize <= 4
-    return known and not torch.compiler.is_compiling() and _has_triton()
+def use_kernels(tensor):
+    """Whether the kernels, which compute in float32 and in chunks of columns, take `tensor` (..., N)."""
+    known = tensor.is_cuda and tensor.dtype.itemsize <= 4 and tensor.shape[-1] % CHUNK == 0
+    return known and no_kernel_reason(tensor.device) is None
 
 
 def compute_dtype(tensor):
@@ -49,7 +35,6 @@ def weight_gradient(x, gradient, transposed, dtype):
 
 def product(a, b, dtype):
     """a @ b of two matrices, in `dtype`; a float32 one, of lower precision on CUDA, without a pass that casts."""
-    direct = a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16)
-    if direct and not torch.compiler.is_compiling():
+    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)

@@ -4,12 +4,13 @@
 import torch
 from torch.nn import functional as F
 
-from .dispatch import use_triton
+from .dispatch import use_kernels
+from .kernels import gelu_backward, gelu_forward
 
 
 def bias_gelu(x, bias, approximate="none"):
     """gelu(x + bias), in x's dtype; x (..., N), bias (N,) or None; approximate: "none" or "tanh", as F.gelu has it."""
-    if use_triton(x):
+    if use_kernels(x):
         return _BiasGelu.apply(x, bias, approximate == "tanh")
     return F.gelu(x if bias is None else (x + bias).to(x.dtype), approximate=approximate)
 
@@ -17,8 +18,6 @@ def bias_gelu(x, bias, approximate="none"):
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, tanh):
-        from .gelu_kernels import gelu_forward
-
         x = x.contiguous()
         ctx.save_for_backward(x, bias)
         ctx.tanh = tanh
@@ -27,7 +26,5 @@ class _BiasGelu(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        from .gelu_kernels import gelu_backward
-
         x, bias = ctx.saved_tensors
         return *gelu_backward(dout.contiguous(), x, bias, ctx.tanh), None

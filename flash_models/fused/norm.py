@@ -11,9 +11,8 @@ normalised, at most the root of N, in float16, which is as short as bfloat16 and
 import torch
 from torch.nn import functional as F
 
-from .dispatch import compute_dtype, use_triton
-
-MAX_COLUMNS = 8192  # a row is held in the registers of one program
+from .dispatch import compute_dtype, use_kernels
+from .kernels import MAX_COLUMNS, norm_backward, norm_forward
 
 
 def layer_norm(x, norm, post_norm=False):
@@ -46,9 +45,9 @@ def _plain(x, bias, residual, norm, p, post_norm):
 
 
 def kernels_take(residual, norm):
-    """Whether the Triton kernels do."""
+    """Whether the kernels do."""
     affine = norm is None or norm.weight is not None and norm.bias is not None
-    return affine and residual.shape[-1] <= MAX_COLUMNS and use_triton(residual)
+    return affine and residual.shape[-1] <= MAX_COLUMNS and use_kernels(residual)
 
 
 def _run(x, bias, residual, norm, p, post_norm):
@@ -75,8 +74,6 @@ def dropout_seed(p, like):
 class _DropoutAddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, residual, weight, shift, eps, p, post_norm, *dtypes):
-        from .norm_kernels import norm_forward
-
         seed = dropout_seed(p, residual) if x is not None else None
         ctx.kept_sum = x is None or not post_norm
         kept, out, statistics = norm_forward(x, bias, residual, weight, shift, eps, p, seed, ctx.kept_sum, *dtypes)
@@ -89,8 +86,6 @@ class _DropoutAddNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dtotal, dout):
-        from .norm_kernels import norm_backward
-
         if dtotal is None and dout is None:
             return (None,) * 10
         kept, statistics, weight, seed = ctx.saved_tensors

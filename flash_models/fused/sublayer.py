@@ -8,8 +8,9 @@ its gradient is added within a matrix product.
 
 import torch
 
-from .dispatch import compute_dtype, multiply, weight_gradient
+from .dispatch import CHUNK, compute_dtype, multiply, weight_gradient
 from .gelu import bias_gelu
+from .kernels import gelu_backward, gelu_forward, norm_backward, norm_forward
 from .norm import dropout_add_norm, dropout_seed, kept_and_normal_dtypes, kernels_take
 
 
@@ -28,7 +29,8 @@ def feed_forward(
     x, weight_1, bias_1, approximate, weight_2, bias_2, residual, norm, p, post_norm=False, transposed=False
 ):  # fmt: skip
     """`linear_dropout_add_norm` of gelu(x W1 + bias_1), W2 and bias_2; approximate as F.gelu has it."""
-    if not kernels_take(residual, norm):
+    inner = weight_1.shape[1 if transposed else 0]
+    if inner % CHUNK or not kernels_take(residual, norm):
         hidden = bias_gelu(multiply(x, weight_1, transposed), bias_1, approximate)
         return dropout_add_norm(multiply(hidden, weight_2, transposed), bias_2, residual, norm, p, post_norm)
     return _run(x, weight_1, bias_1, weight_2, bias_2, residual, norm, p, post_norm, approximate, transposed)
@@ -50,9 +52,6 @@ class _Sublayer(torch.autograd.Function):
     ):  # fmt: skip
         """own: the residual, None if it is x; dtype: of the matrix products; dtypes: of what the norm keeps for its
         backward and of the normalised."""
-        from .gelu_kernels import gelu_forward
-        from .norm_kernels import norm_forward
-
         residual = x if own is None else own
         first = None if weight_1 is None else weight_1.to(dtype)
         second = weight_2.to(dtype)
@@ -77,9 +76,6 @@ class _Sublayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dtotal, dnormal):
-        from .gelu_kernels import gelu_backward
-        from .norm_kernels import norm_backward
-
         if dtotal is None and dnormal is None:
             return (None,) * 16
         flat, first, bias_1, before, hidden, second, kept, statistics, scale, seed = ctx.saved_tensors

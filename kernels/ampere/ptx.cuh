@@ -49,6 +49,23 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// "Data Movement: createpolicy". What is read with it is the first to leave the L2 cache: for what nobody reads again,
+// so that it drives out neither what others need nor, which costs a write, what others have written.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// "Data Movement: ld". 16 bytes, with such a policy.
+__device__ __forceinline__ uint4 load_16(const void* global, uint64_t policy) {
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(global), "l"(policy));
+  return x;
+}
+
 // "Warp-level Matrix Load Instruction: ldmatrix". Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 address matrix
 // i.
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t shared) {

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace flash_models {
+#include "dtype.h"
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+namespace flash_models {
 
 // A (batch, seq, head, dim) tensor with unit stride in dim. Strides count elements. Packed sequences have batch stride
 // 0 and are addressed through cu_seqlens. Offsets are 64-bit: B * S * H * D passes 2^31 at 64K tokens.

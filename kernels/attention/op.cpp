@@ -37,15 +37,6 @@ struct Arguments {
   "Tensor? row_index=None, Tensor? col_start=None, Tensor? col_index=None, Tensor? row_items=None, "  \
   "Tensor? col_items=None, int block_size=0"
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: STD_TORCH_CHECK(false, "flash_models: q, k, v must be float32, bfloat16 or float16");
-  }
-}
-
 // Which dimensions of a tensor are tokens and heads: (batch,) tokens, heads, head_dim, or the heads before the tokens.
 struct Axes {
   int64_t rank, token, head;
@@ -100,7 +91,7 @@ AttentionProblem make_problem(const Arguments& a) {
   p.q = view_of(a.q, "q", axes);
   p.k = view_of(a.k, "k", axes);
   p.v = view_of(a.v, "v", axes);
-  p.dtype = dtype_of(a.q);
+  p.dtype = dtype_of(a.q, "q");
   STD_TORCH_CHECK(p.dtype != DType::kFloat32 || a.q.is_cpu(), "flash_models: float32 is for the CPU");
   STD_TORCH_CHECK(a.k.scalar_type() == a.q.scalar_type() && a.v.scalar_type() == a.q.scalar_type(),
                   "flash_models: q, k, v differ in dtype");

@@ -5,12 +5,6 @@
 
 #include "attention.h"
 
-#ifdef __CUDACC__
-#define FM_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FM_HOST_DEVICE [[gnu::always_inline]] inline
-#endif
-
 namespace flash_models {
 
 FM_HOST_DEVICE int64_t clamp_to(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : (x > hi ? hi : x); }

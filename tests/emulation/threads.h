@@ -182,6 +182,7 @@ inline uint32_t __float_as_uint(float x) { return bits_as<uint32_t>(x); }
 inline float __uint_as_float(uint32_t x) { return bits_as<float>(x); }
 
 inline float __log2f(float x) { return std::log2(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 inline void* __cvta_shared_to_generic(uint32_t address) {
   if (address >= sizeof(emulation::shared_memory)) throw std::runtime_error("shared memory address out of range");

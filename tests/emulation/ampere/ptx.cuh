@@ -41,6 +41,14 @@ void cp_async_wait() {
   copies[emulation::thread].clear();
 }
 
+inline uint64_t evict_first() { return 1; }
+inline uint4 load_16(const void* global, uint64_t) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) throw std::runtime_error("misaligned ld.v4");
+  uint4 x;
+  std::memcpy(&x, global, 16);
+  return x;
+}
+
 struct Registers {
   uint32_t r[4];
 };
