@@ -33,8 +33,20 @@ def weight_gradient(x, gradient, transposed, dtype):
     return product(x.t(), gradient, dtype) if transposed else product(gradient.t(), x, dtype)
 
 
+def _widens(a, dtype):
+    """Whether a matrix product of `a` can leave in `dtype`, a wider one, by itself."""
+    return a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16)
+
+
 def product(a, b, dtype):
     """a @ b of two matrices, in `dtype`; a float32 one, of lower precision on CUDA, without a pass that casts."""
-    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype) if _widens(a, dtype) else torch.mm(a, b).to(dtype)
+
+
+def add_product_(total, a, b):
+    """total += a @ b, all three matrices; within the product where that can be."""
+    if total.dtype == a.dtype:
+        return total.addmm_(a, b)
+    if _widens(a, total.dtype) and not torch.compiler.is_compiling():
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.add_(a @ b)

@@ -8,7 +8,7 @@ its gradient is added within a matrix product.
 
 import torch
 
-from .dispatch import CHUNK, compute_dtype, multiply, weight_gradient
+from .dispatch import CHUNK, add_product_, compute_dtype, multiply, weight_gradient
 from .gelu import bias_gelu
 from .kernels import gelu_backward, gelu_forward, norm_backward, norm_forward
 from .norm import dropout_add_norm, dropout_seed, kept_and_normal_dtypes, kernels_take
@@ -103,9 +103,8 @@ class _Sublayer(torch.autograd.Function):
             elif dresidual is dtotal:
                 dx = dresidual + (gradient @ back).view(ctx.shape)
             else:
-                dx, flat_dx = dresidual, dresidual.view(-1, dresidual.shape[-1])
-                same = dx.dtype == gradient.dtype
-                flat_dx.addmm_(gradient, back) if same else flat_dx.add_(gradient @ back)
+                dx = dresidual
+                add_product_(dx.view(-1, dx.shape[-1]), gradient, back)
         return (
             dx,
             dweight_1,

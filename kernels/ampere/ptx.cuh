@@ -49,20 +49,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// "Data Movement: createpolicy". What is read with it is the first to leave the L2 cache: for what nobody reads again,
-// so that it drives out neither what others need nor, which costs a write, what others have written.
-__device__ __forceinline__ uint64_t evict_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// "Data Movement: ld". 16 bytes, with such a policy.
-__device__ __forceinline__ uint4 load_16(const void* global, uint64_t policy) {
+// "Data Movement: ld". 16 bytes that this CTA reads once. Other such instructions stay where they are around it, so what
+// is loaded early stays early.
+__device__ __forceinline__ uint4 load_once_16(const void* global) {
   uint4 x;
-  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(global), "l"(policy));
+               : "l"(global));
   return x;
 }
 

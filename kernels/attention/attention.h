@@ -75,8 +75,8 @@ struct AttentionGradients {
   View dout, dq, dk, dv;
   float* delta = nullptr;     // scratch, BackwardScratch::rows floats: rowsum(dout * out)
   float* shift = nullptr;     // the same: lse in the form that the CUDA kernels subtract
-  float* dq_sum = nullptr;    // scratch, zeroed, BackwardScratch::dq_sum floats; nullptr when that is 0
-  int32_t* ticket = nullptr;  // 0 at the start: the next key tile of a CTA
+  float* dq_sum = nullptr;    // scratch, BackwardScratch::dq_sum floats; nullptr when that is 0
+  int32_t* ticket = nullptr;  // scratch: the next key tile of a CTA
 };
 
 // One sequence of the batch, as both backends see it.

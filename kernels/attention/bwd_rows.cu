@@ -2,7 +2,8 @@
 //
 // First step of the backward pass, on every GPU: what its kernels need of each row. delta = rowsum(dout * out), and
 // shift = lse * log2(e), +inf for a row without a key, so that exp2(score * log2(e) - shift) is a probability, or 0.
-// What lies in a tile past the end of its sequence is such a row.
+// What lies in a tile past the end of its sequence is such a row. And the zeros that dQ and tickets start with: written
+// here they cost no launch, and the time of reading hides theirs.
 #include "dispatch.cuh"
 #include "row_tiles.cuh"
 #include "softmax.cuh"
@@ -37,6 +38,11 @@ __global__ void __launch_bounds__(kThreads)
   const Sequence s = sequence_of(p, batch);
   const int64_t row = item - padded_row(p, s, batch, head);
   const bool valid = head < p.heads && row < s.q_len;
+  if (blockIdx.x == 0 && threadIdx.x == 0 && g.ticket != nullptr) *g.ticket = 0;
+  if (g.dq_sum != nullptr && dim < kDim) {
+    float4* dq_sum = reinterpret_cast<float4*>(g.dq_sum + item * kDim + dim);
+    dq_sum[0] = dq_sum[1] = {};
+  }
   float sum = 0.0f;
   if (valid && dim < p.head_dim) {
     const T* out = static_cast<const T*>(p.out.data) + query_offset(p.out, s, batch, head) + row * p.out.seq;

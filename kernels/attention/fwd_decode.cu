@@ -95,7 +95,6 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   const T* k = static_cast<const T*>(p.k.data) + key_offset(p.k, item.s, item.batch, item.head) + dim;
   const T* v = static_cast<const T*>(p.v.data) + key_offset(p.v, item.s, item.batch, item.head) + dim;
   const float scale_log2 = p.scale * kLog2e;
-  const uint64_t once = ptx::evict_first();
 
   uint4 rows_k[kUnroll], rows_v[kUnroll];
   auto load = [&](int key0) {
@@ -104,8 +103,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       const int64_t key = key0 + u * kGroups;
       rows_k[u] = rows_v[u] = {};
       if (key < end && has_dim) {
-        rows_k[u] = ptx::load_16(k + key * p.k.seq, once);
-        rows_v[u] = ptx::load_16(v + key * p.v.seq, once);
+        rows_k[u] = ptx::load_once_16(k + key * p.k.seq);
+        rows_v[u] = ptx::load_once_16(v + key * p.v.seq);
       }
     }
   };

@@ -253,13 +253,10 @@ void attention_bwd(StableIValue* values, uint64_t, uint64_t) {
   g.dv = view_of(dv, "dv", inputs);
   g.delta = static_cast<float*>(rows.mutable_data_ptr());
   g.shift = g.delta + scratch.rows;
-  OptionalTensor zeroed;
-  if (scratch.dq_sum + scratch.tickets > 0) {
-    zeroed = zeros_on(a.q, {scratch.dq_sum + scratch.tickets}, ScalarType::Float);
-    float* begin = static_cast<float*>(zeroed->mutable_data_ptr());
-    if (scratch.dq_sum > 0) g.dq_sum = begin;
-    g.ticket = reinterpret_cast<int32_t*>(begin + scratch.dq_sum);
-  }
+  float* begin = nullptr;
+  const OptionalTensor sums = scratch_on(a.q, scratch.dq_sum + scratch.tickets, begin);
+  if (scratch.dq_sum > 0) g.dq_sum = begin;
+  if (scratch.tickets > 0) g.ticket = reinterpret_cast<int32_t*>(begin + scratch.dq_sum);
   const OptionalTensor partial = scratch_on(a.q, scratch.partial, p.partial);
   if (a.q.numel() > 0 || a.k.numel() > 0) kBackward(p, g);
   give(values, dq, dk, dv);

@@ -41,8 +41,7 @@ void cp_async_wait() {
   copies[emulation::thread].clear();
 }
 
-inline uint64_t evict_first() { return 1; }
-inline uint4 load_16(const void* global, uint64_t) {
+inline uint4 load_once_16(const void* global) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) throw std::runtime_error("misaligned ld.v4");
   uint4 x;
   std::memcpy(&x, global, 16);
