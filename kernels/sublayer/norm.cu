@@ -250,7 +250,7 @@ auto dispatch_chunks(const Rows& rows, Function&& fn) {
 int64_t norm_bwd_parts_cuda(const Rows& rows) {
   return dispatch_chunks(rows, [&]<int kChunks>() {
     const Groups<kChunks> groups(rows);
-    const int64_t resident = int64_t{multiprocessors()} * ctas_per_sm(kChunks);
+    const int64_t resident = int64_t{multiprocessors()} * (ctas_per_sm(kChunks) * kMaxThreads / groups.threads());
     return std::min((rows.count + groups.count - 1) / groups.count, resident);
   });
 }
