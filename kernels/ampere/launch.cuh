@@ -65,7 +65,7 @@ void allow_shared(const char* name) {
 
 // One-dimensional launch with `kShared` bytes of dynamic shared memory. kEarly: on Hopper it may begin while the kernel
 // before it in the stream ends ("Programmatic Dependent Launch"), for what that one wrote it waits itself, with
-// ptx::await_previous_kernel.
+// ptx::await_previous_kernel. Later GPUs run what was compiled for Ampere, in which that is nothing.
 template <auto kKernel, int kShared, bool kEarly = false, typename... Arguments>
 void launch(const char* name, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
   if (blocks == 0) return;
@@ -81,7 +81,7 @@ void launch(const char* name, int64_t blocks, int threads, void* stream, const A
   config.dynamicSmemBytes = kShared;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &early;
-  config.numAttrs = kEarly && compute_capability() >= 90;
+  config.numAttrs = kEarly && compute_capability() == 90;
   check_cuda(cudaLaunchKernelEx(&config, kKernel, arguments...), name);
 }
 

@@ -49,8 +49,8 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// "Data Movement: ld". 16 bytes that this CTA reads once. Other such instructions stay where they are around it, so what
-// is loaded early stays early.
+// "Data Movement: ld". 16 bytes that this CTA reads once. Other such instructions stay where they are around it, so
+// what is loaded early stays early.
 __device__ __forceinline__ uint4 load_once_16(const void* global) {
   uint4 x;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
