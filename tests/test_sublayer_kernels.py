@@ -70,3 +70,6 @@ def test_kernels_refuse_what_they_cannot_read(form):
     ):
         with pytest.raises(RuntimeError, match=message):
             kernels.ops.gelu_fwd(*arguments)
+    with pytest.raises(RuntimeError, match="int64 seed on the device of the others"):
+        seed = torch.zeros(1, device=device)
+        kernels.ops.norm_fwd(x, None, x, None, None, 0.0, 0.1, seed, True, x.dtype, x.dtype)

@@ -38,10 +38,13 @@ Values results(const Tensor& t, const char* name) { return {t.mutable_data_ptr()
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-RowDropout dropout_of(double p, const OptionalTensor& seed) {
+RowDropout dropout_of(double p, const OptionalTensor& seed, const Tensor& like) {
   if (!seed.has_value()) return {};
-  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0 && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                  "flash_models: dropout needs a probability of 0 to 1 and an int64 seed, got ", p);
+  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0 && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 &&
+                      seed->get_device() == like.get_device() && seed->is_cpu() == like.is_cpu(),
+                  "flash_models: dropout needs a probability of 0 to 1 and an int64 seed on the device of the others, "
+                  "got probability ",
+                  p);
   const auto threshold = static_cast<uint32_t>(std::lround(p * 65536));
   return {static_cast<const int64_t*>(seed->const_data_ptr()), threshold,
           threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f};
@@ -70,7 +73,7 @@ void norm_fwd(StableIValue* values, uint64_t, uint64_t) {
   n.bias = values_of(bias, "bias", n.rows.columns, residual);
   n.weight = values_of(weight, "weight", n.rows.columns, residual);
   n.shift = values_of(shift, "shift", n.rows.columns, residual);
-  n.dropout = dropout_of(p, seed);
+  n.dropout = dropout_of(p, seed, residual);
   const auto guard = on_device_of(residual);
   const Shape shape = shape_vector(residual), none{0};
   const Tensor kept = empty_on(residual, x.has_value() ? shape : none, kept_dtype),
@@ -115,7 +118,7 @@ void norm_bwd(StableIValue* values, uint64_t, uint64_t) {
     n.statistics = static_cast<const float*>(statistics->const_data_ptr());
   }
   n.quantities = n.has_bias + 2 * dout.has_value();
-  n.dropout = dropout_of(p, seed);
+  n.dropout = dropout_of(p, seed, like);
   const auto guard = on_device_of(like);
   const Shape shape = shape_vector(like), none{0};
   const Tensor dx = empty_on(like, needs_x ? shape : none, x_dtype),
