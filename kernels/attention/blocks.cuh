@@ -120,8 +120,9 @@ struct ListedWork {
 
 // The (query, key) pairs of one sequence that attend: lo <= key < hi and key <= query + diagonal.
 struct Visible {
-  int lo, hi, diagonal;
+  int lo = 0, hi = 0, diagonal = 0;
 
+  Visible() = default;
   __device__ __forceinline__ Visible(const AttentionProblem& p, const Sequence& s)
       : lo(static_cast<int>(s.key_lo)),
         hi(static_cast<int>(s.key_hi)),

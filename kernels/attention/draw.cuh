@@ -62,8 +62,8 @@ struct KeptBits {
 // The producer's notes from first to last, by a follower: `visit(dropout, tile, first)` with the draws of the head, the
 // number of the tile and the first token of what passes by, plus 1 at the last. The rings are those of the tiles and of
 // what passes by.
-template <int kStages, typename Visit>
-__device__ __forceinline__ void follow_notes(const AttentionProblem& p, const Notes<kStages>& notes,
+template <int kStages, typename Note, typename Visit>
+__device__ __forceinline__ void follow_notes(const AttentionProblem& p, const Notes<kStages, Note>& notes,
                                              const RingBarriers<2>& tile_ring, const RingBarriers<kStages>& step_ring,
                                              Visit visit) {
   Ring<2> tiles;

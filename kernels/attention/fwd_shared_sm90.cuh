@@ -3,6 +3,7 @@
 // What one CTA of fwd_sm90.cu holds: tiles, registers, shared memory and barriers.
 #pragma once
 
+#include "blocks.cuh"
 #include "draw.cuh"
 #include "hopper/tile.cuh"
 
@@ -23,6 +24,14 @@ struct ForwardConfig {
   static_assert(registers_suffice(kCtasPerSm, kWarpgroups, kProducerRegisters, kConsumerRegisters));
 };
 
+// What the producer tells of a tile of queries: all that a consumer would else have to find out of the problem in the
+// chain between two tiles.
+struct QueryNote : TileNote {
+  Visible visible;
+  int rows;          // of the sequence, from the tile's first one on
+  int64_t out, lse;  // where the first row is written
+};
+
 //   Q [2][kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | bits of dropout | barriers | notes
 template <typename T, typename Config>
 struct ForwardShared {
@@ -35,7 +44,8 @@ struct ForwardShared {
   using KeyRing = RingBarriers<kStages>;
   static constexpr int kRings = QueryRing::kBytes + 2 * KeyRing::kBytes + Kept::Barriers::kBytes;
   static constexpr int kNotes = (kBarriers + 8 + kRings + 15) / 16 * 16;
-  static constexpr int kBytes = kNotes + Notes<kStages>::kBytes;
+  using TileNotes = Notes<kStages, QueryNote>;
+  static constexpr int kBytes = kNotes + TileNotes::kBytes;
   uint32_t base;
 
   __device__ __forceinline__ Query q(int stage) const { return {base + stage * Query::kBytes}; }
@@ -48,7 +58,7 @@ struct ForwardShared {
   __device__ __forceinline__ KeyRing v_ring() const { return {k_ring().end()}; }
   __device__ __forceinline__ Kept kept() const { return {base + kKept, {v_ring().end()}}; }
 
-  __device__ __forceinline__ Notes<kStages> notes() const { return {base + kNotes}; }
+  __device__ __forceinline__ TileNotes notes() const { return {base + kNotes}; }
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = 4 * Config::kWarpgroups * ptx::kWarpArrivals;

@@ -57,7 +57,7 @@ struct Schedule {
   }
 };
 
-// The rows of one query tile, as producer and consumers both derive them.
+// The rows of one query tile.
 template <typename Config>
 struct QueryTile {
   const Sequence s;
@@ -119,8 +119,12 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
 
     shared.q_ring().await_empty(queries);
     if (producer.leader)
-      shared.notes().tile(queries.stage) = {work.place.tile, head, work.place.batch,
-                                            2 * static_cast<int>(work.slot) + (position < walk.count)};
+      shared.notes().tile(queries.stage) = {
+          {work.place.tile, head, work.place.batch, 2 * static_cast<int>(work.slot) + (position < walk.count)},
+          tile.visible,
+          static_cast<int>(tile.s.q_len) - tile.q0,
+          query_offset(p.out, tile.s, work.place.batch, head) + tile.q0 * p.out.seq,
+          lse_offset(p, tile.s, work.place.batch, head) + tile.q0};
     producer.load(shared.q(queries.stage), maps.q, shared.q_ring().full(queries.stage),
                   static_cast<int>(tile.s.q_begin) + tile.q0, head, batch);
     queries.advance();
@@ -140,7 +144,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
   }
   shared.q_ring().await_empty(queries);
   if (producer.leader) {
-    shared.notes().tile(queries.stage) = TileNote::end();
+    shared.notes().tile(queries.stage) = {TileNote::end()};
     ptx::mbarrier_arrive(shared.q_ring().full(queries.stage));
   }
 }
@@ -187,13 +191,14 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
   multiply_qk();  // in vain where there are no keys
   ptx::wgmma_wait<0>();
   while (!note.last()) {
-    const QueryTile<Config> tile(p, note.tile, note.batch);
-    const int q0 = tile.q0 + row0, head = note.head, slot = note.slot();
+    const QueryNote& known = shared.notes().tile(queries.stage);
+    const Visible visible = known.visible;
+    const int q0 = note.tile * Config::kTileQ + row0, slot = note.slot();
     OnlineSoftmax<1> softmax;
     clear(out);
 
     auto mask = [&](int k0) {
-      if (!tile.visible.all(q0, k0, kTileK)) mask_scores(scores, tile.visible, q0, k0, lane);
+      if (!visible.all(q0, k0, kTileK)) mask_scores(scores, visible, q0, k0, lane);
     };
     auto move = [&] {
       softmax.move(scores, factor, scale_log2);
@@ -212,7 +217,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
       shared.k_ring().release(keys);
       take_keep();
       mask(k0 & ~1);
-      move();
+      softmax.move(scores, factor, scale_log2);  // out is 0
       exponentiate();
       while (k0 % 2 == 0) {  // not the last
         shared.k_ring().await_full(keys);
@@ -234,7 +239,9 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
       shared.v_ring().await_full(values);
     }
     const bool with_keys = note.walks();
-    const int batch = note.batch;
+    const int rows = known.rows - row0;
+    float* const lse = p.lse + known.lse + row0;
+    T* const target = static_cast<T*>(p.out.data) + known.out + row0 * p.out.seq;
     shared.q_ring().release(queries);
     note = await_tile();
     ptx::wgmma_fence();
@@ -251,14 +258,10 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) partial[16 * kDim + lane.row + 8 * half] = softmax.lse(0, half, p.scale);
     } else {
-      const int rows = static_cast<int>(tile.s.q_len) - q0;
-      if (lane.id % 4 == 0) {
-        float* lse = p.lse + lse_offset(p, tile.s, batch, head) + q0;
+      if (lane.id % 4 == 0)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           if (lane.row + 8 * half < rows) lse[lane.row + 8 * half] = softmax.lse(0, half, p.scale);
-      }
-      T* target = static_cast<T*>(p.out.data) + query_offset(p.out, tile.s, batch, head) + q0 * p.out.seq;
       store_fragments<T>(out, factor, target, p.out.seq, rows, static_cast<int>(p.head_dim), lane);
     }
     ptx::wgmma_wait<0>();

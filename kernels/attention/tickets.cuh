@@ -28,13 +28,13 @@ struct alignas(16) TileNote {
 
 // In shared memory: the notes of two tiles, and for each of kStages stages the first token of the tile that passes by,
 // plus 1 if it is the last one to walk.
-template <int kStages>
+template <int kStages, typename Note = TileNote>
 struct Notes {
-  static constexpr int kBytes = 2 * sizeof(TileNote) + 4 * kStages;
+  static constexpr int kBytes = 2 * sizeof(Note) + 4 * kStages;
   uint32_t base;  // a multiple of 16
 
-  __device__ __forceinline__ TileNote& tile(int stage) const {
-    return static_cast<TileNote*>(__cvta_shared_to_generic(base))[stage];
+  __device__ __forceinline__ Note& tile(int stage) const {
+    return static_cast<Note*>(__cvta_shared_to_generic(base))[stage];
   }
   __device__ __forceinline__ int& first(int stage) const { return reinterpret_cast<int*>(&tile(2))[stage]; }
 };
