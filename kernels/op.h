@@ -59,15 +59,21 @@ inline std::string shape_of(const Tensor& t) {
   return text.str();
 }
 
-inline DType dtype_of(ScalarType type, const char* name) {
-  switch (type) {
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
     default: STD_TORCH_CHECK(false, "flash_models: ", name, " must be float32, bfloat16 or float16");
   }
 }
-inline DType dtype_of(const Tensor& t, const char* name) { return dtype_of(t.scalar_type(), name); }
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.get_device() == b.get_device() && a.is_cpu() == b.is_cpu();
+}
+
+// As the CUDA kernels, which read so much at a time, need it.
+inline bool on_16_bytes(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
 inline Shape shape_vector(const Tensor& t) {
   const auto sizes = t.sizes();

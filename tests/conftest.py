@@ -10,7 +10,7 @@ import pytest
 import torch
 from attention_case import DTYPES
 
-from flash_models.fused import cross_entropy, gelu, kernels, norm
+from flash_models.fused import cross_entropy, dispatch, gelu, kernels, norm
 
 # the scripts and what they import: `import pathx`, `from tasks import ...`
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "eval"))
@@ -93,5 +93,5 @@ def form(request, device, monkeypatch):
     if kernel and device.type == "cpu":
         monkeypatch.setattr(kernels, "ops", request.getfixturevalue("emulated_sublayer"))
     for module in (gelu, norm, cross_entropy):
-        monkeypatch.setattr(module, "use_kernels", lambda tensor: kernel and tensor.shape[-1] % 8 == 0)
+        monkeypatch.setattr(module, "use_kernels", lambda tensor: kernel and tensor.shape[-1] % dispatch.CHUNK == 0)
     return device, torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -26,14 +26,12 @@ def ops(folder, name, capability, sources):
     command += [
         f"-D{op}_cpu={op}_cuda" for op in ("attention_fwd", "attention_bwd", "forward_scratch", "backward_scratch")
     ]
-    command += [f"-Dflash_models={name}", f"-DFM_EMULATED_CAPABILITY={capability}"]
+    command += [f"-Dflash_models={name}", f"-DFM_EMULATED_CAPABILITY={capability}", "-DFLASH_MODELS_CUDA=CPU"]
     command += [f"-I{p}" for p in (ROOT / "tests/emulation", ROOT / "kernels", CUDA_INCLUDE, torch_dir / "include")]
 
     def compile_one(source):
         target = folder / f"{source.replace('/', '-')}.o"
-        # attention has kernels for CPU tensors, whose place those for CUDA take; the others get the key
-        key = ["-DFLASH_MODELS_CUDA=CPU"] if source in ("layout/op.cpp", "sublayer/op.cpp") else []
-        subprocess.run([*command, *key, "-c", ROOT / "kernels" / source, "-o", target], check=True)
+        subprocess.run([*command, "-c", ROOT / "kernels" / source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:

@@ -7,7 +7,7 @@ from fused_case import check, norm_of
 from torch import nn
 from torch.nn import functional as F
 
-from flash_models.fused import bias_gelu, dropout_add_norm, kernels, layer_norm
+from flash_models.fused import bias_gelu, dropout_add_norm, feed_forward, kernels, layer_norm, norm_and_residual
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -56,6 +56,27 @@ def test_sums_over_rows_are_in_a_fixed_order(form):
         runs.append(torch.autograd.grad(normal, parameters, dout))
     for other in runs[1:]:
         assert all(map(torch.equal, runs[0], other))
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_a_graph_has_the_same_results(form, post_norm):
+    device, _ = form
+    torch._dynamo.reset()
+    first, second = nn.Linear(64, 96, device=device), nn.Linear(96, 64, device=device)
+    module, x = nn.LayerNorm(64, device=device), torch.randn(2, 9, 64, device=device, requires_grad=True)
+    parameters = [x, *(weight for part in (first, second, module) for weight in part.parameters())]
+
+    def layer(x):
+        normal, x = (x, x) if post_norm else norm_and_residual(x, module)
+        options = first.weight, first.bias, "tanh", second.weight, second.bias
+        total, out = feed_forward(normal, *options, x, module, 0.0, post_norm)
+        return out if post_norm else dropout_add_norm(out, None, total, None, 0.0)[0]
+
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        out = function(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), parameters)])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
 def test_kernels_refuse_what_they_cannot_read(form):

@@ -27,4 +27,4 @@ class _BiasGelu(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         x, bias = ctx.saved_tensors
-        return *gelu_backward(dout.contiguous(), x, bias, ctx.tanh), None
+        return *gelu_backward(dout, x, bias, ctx.tanh), None

@@ -10,6 +10,7 @@
 
 #include "ampere/launch.cuh"
 #include "attention.h"
+#include "numbers.h"
 
 namespace flash_models {
 
@@ -44,7 +45,5 @@ inline int padded_dim(int64_t head_dim) {
 
 // Lanes that hold a row of `dim` elements, 16 bytes each; at 96 some are to spare.
 __host__ __device__ constexpr int lanes_of_row(int dim) { return dim <= 32 ? 4 : dim <= 64 ? 8 : 16; }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace flash_models

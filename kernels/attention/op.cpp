@@ -58,8 +58,7 @@ View view_of(const Tensor& t, const char* name, const Axes& axes) {
 
 const int32_t* int32_or_null(const OptionalTensor& t, const char* name, const Tensor& q) {
   if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_contiguous() && t->get_device() == q.get_device() &&
-                      t->is_cpu() == q.is_cpu(),
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_contiguous() && same_device(*t, q),
                   "flash_models: ", name, " must be a contiguous int32 tensor on the device of q");
   return static_cast<const int32_t*>(t->const_data_ptr());
 }
@@ -95,9 +94,7 @@ AttentionProblem make_problem(const Arguments& a) {
   STD_TORCH_CHECK(p.dtype != DType::kFloat32 || a.q.is_cpu(), "flash_models: float32 is for the CPU");
   STD_TORCH_CHECK(a.k.scalar_type() == a.q.scalar_type() && a.v.scalar_type() == a.q.scalar_type(),
                   "flash_models: q, k, v differ in dtype");
-  STD_TORCH_CHECK(a.k.get_device() == a.q.get_device() && a.v.get_device() == a.q.get_device() &&
-                      a.k.is_cpu() == a.q.is_cpu() && a.v.is_cpu() == a.q.is_cpu(),
-                  "flash_models: q, k, v are on different devices");
+  STD_TORCH_CHECK(same_device(a.k, a.q) && same_device(a.v, a.q), "flash_models: q, k, v are on different devices");
   const int64_t last = axes.rank - 1;
   p.head_dim = a.q.size(last);
   p.heads = a.q.size(axes.head);
@@ -174,7 +171,7 @@ Shape key_shape(const AttentionProblem& p) {
 void align(Tensor& t) {
   const int64_t last = t.dim() - 1;
   if (!t.is_cuda() || t.numel() == 0 || t.stride(last) != 1) return;
-  bool fits = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  bool fits = on_16_bytes(t);
   for (int64_t i = 0; i < last; ++i) fits = fits && (t.size(i) == 1 || (t.stride(i) % 8 == 0 && t.stride(i) != 0));
   if (fits) return;
   Tensor copy = empty_on(t, shape_vector(t), t.scalar_type());

@@ -12,11 +12,9 @@
 
 #include "ampere/tile.cuh"
 #include "blocks.cuh"
+#include "numbers.h"
 
 namespace flash_models {
-
-constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
 
 // Sets the scores that do not attend to -inf.
 template <int kM, int kN>

@@ -10,6 +10,7 @@
 #include "ampere/launch.cuh"
 #include "ampere/ptx.cuh"
 #include "layout.h"
+#include "numbers.h"
 
 namespace flash_models {
 namespace {
@@ -159,13 +160,13 @@ __global__ void __launch_bounds__(kThreads)
 
 void random_blocks_cuda(uint8_t* mask, int64_t n, int64_t reach, int64_t global_blocks, int64_t parts, uint32_t seed,
                         void* stream) {
-  launch<layout_random_blocks, 0>("layout_random_blocks", (n * parts + kThreads - 1) / kThreads, kThreads, stream, mask,
-                                  n, reach, global_blocks, parts, seed);
+  launch<layout_random_blocks, 0>("layout_random_blocks", ceil_div(n * parts, kThreads), kThreads, stream, mask, n,
+                                  reach, global_blocks, parts, seed);
 }
 
 void block_lists_cuda(const BlockMask& mask, int64_t max_listed, int32_t* counts, int32_t* start, int32_t* index,
                       void* stream) {
-  const int64_t ctas = (mask.count() + kWarps - 1) / kWarps;
+  const int64_t ctas = ceil_div(mask.count(), kWarps);
   launch<block_lists_count, 0>("block_lists_count", ctas, kThreads, stream, mask, counts);
   launch<block_lists_scan, 4 * kWarps>("block_lists_scan", 1, kThreads, stream, counts, mask.heads, mask.lines, start);
   launch<block_lists_fill, 0>("block_lists_fill", ctas, kThreads, stream, mask, start, max_listed, index);

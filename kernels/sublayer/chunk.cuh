@@ -5,17 +5,12 @@
 // for each of their combinations would cost minutes of compilation.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "ampere/launch.cuh"
-#include "ampere/ptx.cuh"
+#include "ampere/tile.cuh"
 #include "philox.h"
 #include "sublayer.h"
 
 namespace flash_models {
-
-constexpr int kChunk = 8;
 
 // As they lie in memory: 16 bytes, or 32 of float32.
 struct PackedChunk {
@@ -55,30 +50,20 @@ __device__ __forceinline__ void load_chunk(const Values& from, int64_t number, f
   unpack(load_chunk(from, number), from.dtype, x);
 }
 
-__device__ __forceinline__ void store_chunk(const Values& to, int64_t number, const float (&x)[kChunk]) {
-  uint32_t word[4];
-  if (to.dtype == DType::kFloat32) {
-    float4* target = static_cast<float4*>(to.data) + 2 * number;
-    target[0] = {x[0], x[1], x[2], x[3]};
-    target[1] = {x[4], x[5], x[6], x[7]};
-    return;
-  }
-  if (to.dtype == DType::kBFloat16) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      *reinterpret_cast<__nv_bfloat162*>(&word[i]) = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) *reinterpret_cast<__half2*>(&word[i]) = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
-  }
-  static_cast<uint4*>(to.data)[number] = {word[0], word[1], word[2], word[3]};
-}
-
-// Eight of the sums over rows.
-__device__ __forceinline__ void store_sums(float* to, const float (&x)[kChunk]) {
+__device__ __forceinline__ void store_floats(float* to, const float (&x)[kChunk]) {
   float4* target = reinterpret_cast<float4*>(to);
   target[0] = {x[0], x[1], x[2], x[3]};
   target[1] = {x[4], x[5], x[6], x[7]};
+}
+
+__device__ __forceinline__ void store_chunk(const Values& to, int64_t number, const float (&x)[kChunk]) {
+  if (to.dtype == DType::kFloat32) return store_floats(static_cast<float*>(to.data) + kChunk * number, x);
+  uint32_t word[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    word[i] = to.dtype == DType::kBFloat16 ? pack<__nv_bfloat16>(x[2 * i], x[2 * i + 1])
+                                           : pack<__half>(x[2 * i], x[2 * i + 1]);
+  static_cast<uint4*>(to.data)[number] = {word[0], word[1], word[2], word[3]};
 }
 
 // Drops values of chunk `number` and scales the others: a call of Philox has 16 bits for each. The mask is a function

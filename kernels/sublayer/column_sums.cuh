@@ -5,6 +5,7 @@
 #pragma once
 
 #include "chunk.cuh"
+#include "numbers.h"
 
 namespace flash_models {
 namespace {
@@ -16,7 +17,7 @@ constexpr int kSumColumns = 4 * kSumLanes;  // of a CTA: 128 bytes, which a grou
 __global__ void __launch_bounds__(kSumThreads)
     column_sums(const float* partial, float* sums, int64_t parts, int64_t columns) {
   float4* shared = static_cast<float4*>(__cvta_shared_to_generic(ptx::dynamic_shared()));
-  const int64_t strips = (columns + kSumColumns - 1) / kSumColumns, quantity = blockIdx.x / strips;
+  const int64_t strips = ceil_div(columns, kSumColumns), quantity = blockIdx.x / strips;
   const int lane = threadIdx.x % kSumLanes, group = threadIdx.x / kSumLanes;
   const int64_t column = blockIdx.x % strips * kSumColumns + 4 * lane;
   float4 sum{};
@@ -39,9 +40,8 @@ __global__ void __launch_bounds__(kSumThreads)
 
 void launch_column_sums(const float* partial, float* sums, int quantities, int64_t parts, int64_t columns,
                         void* stream) {
-  const int64_t strips = (columns + kSumColumns - 1) / kSumColumns;
-  launch<column_sums, kSumThreads * 16, true>("column_sums", quantities * strips, kSumThreads, stream, partial, sums,
-                                              parts, columns);
+  launch<column_sums, kSumThreads * 16, true>("column_sums", quantities * ceil_div(columns, kSumColumns), kSumThreads,
+                                              stream, partial, sums, parts, columns);
 }
 
 }  // namespace

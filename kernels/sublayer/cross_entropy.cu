@@ -4,12 +4,12 @@
 // takes a row: it reads it for the largest logit and the sum of exponentials, and again, mostly from the L2 cache, for
 // the gradient.
 #include "chunk.cuh"
+#include "numbers.h"
 
 namespace flash_models {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // sum of exp2(x - largest) over what was added; of nothing, (-inf, 0)
 struct OnlineSum {

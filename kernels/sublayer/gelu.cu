@@ -19,10 +19,10 @@ struct Strips {
 
   explicit Strips(const Rows& rows) {
     const int chunks = rows.chunks();
-    count = (chunks + kMaxThreads - 1) / kMaxThreads;
-    threads = ((chunks + count - 1) / count + 31) / 32 * 32;
+    count = static_cast<int>(ceil_div(chunks, kMaxThreads));
+    threads = static_cast<int>(32 * ceil_div(chunks, 32 * count));
     const int64_t resident = int64_t{multiprocessors()} * kCtasPerSm * (kMaxThreads / threads) / count;
-    parts = std::min((rows.count + kRows - 1) / kRows, std::max(resident, int64_t{1}));
+    parts = std::min(ceil_div(rows.count, kRows), std::max(resident, int64_t{1}));
   }
 };
 
@@ -32,10 +32,10 @@ struct Place {
   bool inside;
   int64_t part, first_row;
 
-  __device__ __forceinline__ Place(const Rows& rows, int strips, int threads)
-      : chunk(static_cast<int>(blockIdx.x % strips) * threads + threadIdx.x),
+  __device__ __forceinline__ Place(const Rows& rows, const Strips& strips)
+      : chunk(static_cast<int>(blockIdx.x % strips.count) * strips.threads + threadIdx.x),
         inside(chunk < rows.chunks()),
-        part(blockIdx.x / strips),
+        part(blockIdx.x / strips.count),
         first_row(part * kRows) {}
 };
 
@@ -68,14 +68,14 @@ struct Share {
 
 template <bool kTanh>
 __global__ void __launch_bounds__(kMaxThreads)
-    gelu_fwd(const __grid_constant__ Gelu g, int strips, int threads, int64_t parts) {
-  const Place place(g.rows, strips, threads);
+    gelu_fwd(const __grid_constant__ Gelu g, const __grid_constant__ Strips strips) {
+  const Place place(g.rows, strips);
   ptx::await_previous_kernel();
   if (!place.inside) return;
   const int chunks = g.rows.chunks();
   float bias[kChunk];
   load_chunk(g.bias, place.chunk, bias);
-  for (int64_t row = place.first_row; row < g.rows.count; row += kRows * parts) {
+  for (int64_t row = place.first_row; row < g.rows.count; row += kRows * strips.parts) {
     PackedChunk packed[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
@@ -97,15 +97,15 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <bool kTanh>
 __global__ void __launch_bounds__(kMaxThreads, kCtasPerSm)
-    gelu_bwd(const __grid_constant__ Gelu g, int strips, int threads, int64_t parts) {
+    gelu_bwd(const __grid_constant__ Gelu g, const __grid_constant__ Strips strips) {
   ptx::let_next_kernel_begin();
-  const Place place(g.rows, strips, threads);
+  const Place place(g.rows, strips);
   ptx::await_previous_kernel();
   if (!place.inside) return;
   const int chunks = g.rows.chunks();
   float bias[kChunk], sum[kChunk] = {};
   load_chunk(g.bias, place.chunk, bias);
-  for (int64_t row = place.first_row; row < g.rows.count; row += kRows * parts) {
+  for (int64_t row = place.first_row; row < g.rows.count; row += kRows * strips.parts) {
     PackedChunk packed_x[kRows], packed_dout[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -127,7 +127,17 @@ __global__ void __launch_bounds__(kMaxThreads, kCtasPerSm)
       store_chunk(g.dx, (row + r) * chunks + place.chunk, gradient);
     }
   }
-  if (g.bias) store_sums(g.partial + place.part * g.rows.columns + kChunk * place.chunk, sum);
+  if (g.bias) store_floats(g.partial + place.part * g.rows.columns + kChunk * place.chunk, sum);
+}
+
+template <auto kByTanh, auto kExact>
+void launch_strips(const char* name, const Gelu& g, void* stream) {
+  const Strips strips(g.rows);
+  const int64_t ctas = strips.count * strips.parts;
+  if (g.tanh)
+    launch<kByTanh, 0, true>(name, ctas, strips.threads, stream, g, strips);
+  else
+    launch<kExact, 0, true>(name, ctas, strips.threads, stream, g, strips);
 }
 
 }  // namespace
@@ -135,20 +145,12 @@ __global__ void __launch_bounds__(kMaxThreads, kCtasPerSm)
 int64_t gelu_bwd_parts_cuda(const Rows& rows) { return Strips(rows).parts; }
 
 void gelu_fwd_cuda(const Gelu& g, void* stream) {
-  const Strips s(g.rows);
-  auto start = [&]<bool kTanh>() {
-    launch<gelu_fwd<kTanh>, 0, true>("gelu_fwd", s.count * s.parts, s.threads, stream, g, s.count, s.threads, s.parts);
-  };
-  g.tanh ? start.operator()<true>() : start.operator()<false>();
+  launch_strips<gelu_fwd<true>, gelu_fwd<false>>("gelu_fwd", g, stream);
 }
 
 void gelu_bwd_cuda(const Gelu& g, void* stream) {
-  const Strips s(g.rows);
-  auto start = [&]<bool kTanh>() {
-    launch<gelu_bwd<kTanh>, 0, true>("gelu_bwd", s.count * s.parts, s.threads, stream, g, s.count, s.threads, s.parts);
-  };
-  g.tanh ? start.operator()<true>() : start.operator()<false>();
-  if (g.bias) launch_column_sums(g.partial, g.sums, 1, s.parts, g.rows.columns, stream);
+  launch_strips<gelu_bwd<true>, gelu_bwd<false>>("gelu_bwd", g, stream);
+  if (g.bias) launch_column_sums(g.partial, g.sums, 1, gelu_bwd_parts_cuda(g.rows), g.rows.columns, stream);
 }
 
 }  // namespace flash_models

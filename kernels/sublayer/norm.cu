@@ -19,7 +19,7 @@ struct Groups {
   int warps, count;  // warps of a group, groups
 
   explicit Groups(const Rows& rows) {
-    warps = (rows.chunks() + 32 * kChunks - 1) / (32 * kChunks);
+    warps = static_cast<int>(ceil_div(rows.chunks(), 32 * kChunks));
     count = kWarps / warps;
   }
 
@@ -27,6 +27,8 @@ struct Groups {
   FM_HOST_DEVICE int threads() const { return count * threads_of_one(); }
   __device__ __forceinline__ int group() const { return threadIdx.x / threads_of_one(); }
   __device__ __forceinline__ int lane() const { return threadIdx.x % threads_of_one(); }
+  // The thread's c-th chunk of its row.
+  __device__ __forceinline__ int chunk(int c) const { return lane() + c * threads_of_one(); }
 
   // The sums of kValues values over the threads of a group. scratch: that many words a warp, of this call alone until
   // all threads have met again.
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   ptx::await_previous_kernel();
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    chunk[c] = groups.lane() + c * groups.threads_of_one();
+    chunk[c] = groups.chunk(c);
     inside[c] = row < n.rows.count && chunk[c] < chunks;
     residual[c] = load_chunk(n.residual, row * chunks + chunk[c], inside[c]);
     added[c] = load_chunk(n.x, row * chunks + chunk[c], inside[c]);
@@ -137,20 +139,19 @@ __device__ __forceinline__ void store_sums_of_groups(const Groups<kChunks>& grou
     __syncthreads();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      float* mine = shared + (c * groups.threads_of_one() + groups.lane()) * kChunk;
-      if (groups.group() == other) store_sums(mine, sum[c]);
+      float* mine = shared + groups.chunk(c) * kChunk;
+      if (groups.group() == other) store_floats(mine, sum[c]);
     }
     __syncthreads();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        total[c][i] += shared[(c * groups.threads_of_one() + groups.lane()) * kChunk + i];
+      for (int i = 0; i < kChunk; ++i) total[c][i] += shared[groups.chunk(c) * kChunk + i];
   }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const int chunk = groups.lane() + c * groups.threads_of_one();
-    if (groups.group() == 0 && chunk < chunks) store_sums(partial + kChunk * chunk, total[c]);
+    const int chunk = groups.chunk(c);
+    if (groups.group() == 0 && chunk < chunks) store_floats(partial + kChunk * chunk, total[c]);
   }
 }
 
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kMaxThreads, ctas_per_sm(kChunks))
     bool inside[kChunks];
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      const int chunk = groups.lane() + c * groups.threads_of_one();
+      const int chunk = groups.chunk(c);
       number[c] = row * chunks + chunk;
       inside[c] = exists && chunk < chunks;
       packed_normal[c] = load_chunk(n.kept, number[c], inside[c] && n.dout);
@@ -241,6 +242,7 @@ __global__ void __launch_bounds__(kMaxThreads, ctas_per_sm(kChunks))
 // Chunks a thread, as few as the columns allow.
 template <typename Function>
 auto dispatch_chunks(const Rows& rows, Function&& fn) {
+  static_assert(4 * kMaxThreads * kChunk == kMaxNormColumns);
   if (rows.chunks() <= kMaxThreads) return fn.template operator()<1>();
   return rows.chunks() <= 2 * kMaxThreads ? fn.template operator()<2>() : fn.template operator()<4>();
 }
@@ -251,23 +253,24 @@ int64_t norm_bwd_parts_cuda(const Rows& rows) {
   return dispatch_chunks(rows, [&]<int kChunks>() {
     const Groups<kChunks> groups(rows);
     const int64_t resident = int64_t{multiprocessors()} * (ctas_per_sm(kChunks) * kMaxThreads / groups.threads());
-    return std::min((rows.count + groups.count - 1) / groups.count, resident);
+    return std::min(ceil_div(rows.count, groups.count), resident);
   });
 }
 
 void norm_fwd_cuda(const NormForward& n, void* stream) {
   dispatch_chunks(n.rows, [&]<int kChunks>() {
     const Groups<kChunks> groups(n.rows);
-    const int64_t ctas = (n.rows.count + groups.count - 1) / groups.count;
-    launch<norm_fwd<kChunks>, 4 * 2 * kWarps, true>("norm_fwd", ctas, groups.threads(), stream, n, groups);
+    launch<norm_fwd<kChunks>, 4 * 2 * kWarps, true>("norm_fwd", ceil_div(n.rows.count, groups.count), groups.threads(),
+                                                    stream, n, groups);
   });
 }
 
 void norm_bwd_cuda(const NormBackward& n, void* stream) {
   const int64_t parts = norm_bwd_parts_cuda(n.rows);
   dispatch_chunks(n.rows, [&]<int kChunks>() {
+    const Groups<kChunks> groups(n.rows);
     launch<norm_bwd<kChunks>, 4 * (4 * kWarps + kMaxThreads * kChunks * kChunk), true>(
-        "norm_bwd", parts, Groups<kChunks>(n.rows).threads(), stream, n, Groups<kChunks>(n.rows));
+        "norm_bwd", parts, groups.threads(), stream, n, groups);
   });
   if (n.quantities > 0) launch_column_sums(n.partial, n.sums, n.quantities, parts, n.rows.columns, stream);
 }

@@ -14,23 +14,22 @@ namespace {
 // `t` itself where its values lie as `Values` has them, or else a copy.
 Tensor dense(const Tensor& t) {
   if (!t.is_contiguous()) return torch::stable::contiguous(t);
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
+  return on_16_bytes(t) ? t : torch::stable::clone(t);
 }
 OptionalTensor dense(const OptionalTensor& t) { return t.has_value() ? OptionalTensor(dense(*t)) : t; }
 
 Rows rows_of(const Tensor& t) {
   const int64_t columns = t.dim() > 0 ? t.size(t.dim() - 1) : 0;
-  STD_TORCH_CHECK(columns > 0 && columns % 8 == 0 && columns <= (int64_t{1} << 31) - 8,
-                  "flash_models: the last dimension must be a multiple of 8, got shape ", shape_of(t));
+  STD_TORCH_CHECK(columns > 0 && columns % kChunk == 0 && columns <= (int64_t{1} << 31) - kChunk,
+                  "flash_models: the last dimension must be a multiple of ", kChunk, ", got shape ", shape_of(t));
   return {t.numel() / columns, columns};
 }
 
 // A tensor of `count` values on the device of `like`; absent ones are nullptr.
 Values values_of(const OptionalTensor& t, const char* name, int64_t count, const Tensor& like) {
   if (!t.has_value()) return {};
-  STD_TORCH_CHECK(t->numel() == count && t->get_device() == like.get_device() && t->is_cpu() == like.is_cpu(),
-                  "flash_models: ", name, " must have ", count, " values on the device of the others, got shape ",
-                  shape_of(*t));
+  STD_TORCH_CHECK(t->numel() == count && same_device(*t, like), "flash_models: ", name, " must have ", count,
+                  " values on the device of the others, got shape ", shape_of(*t));
   return {const_cast<void*>(t->const_data_ptr()), dtype_of(*t, name)};
 }
 
@@ -40,11 +39,11 @@ float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()
 
 RowDropout dropout_of(double p, const OptionalTensor& seed, const Tensor& like) {
   if (!seed.has_value()) return {};
-  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0 && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 &&
-                      seed->get_device() == like.get_device() && seed->is_cpu() == like.is_cpu(),
-                  "flash_models: dropout needs a probability of 0 to 1 and an int64 seed on the device of the others, "
-                  "got probability ",
-                  p);
+  STD_TORCH_CHECK(
+      p >= 0.0 && p <= 1.0 && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && same_device(*seed, like),
+      "flash_models: dropout needs a probability of 0 to 1 and an int64 seed on the device of the others, "
+      "got probability ",
+      p);
   const auto threshold = static_cast<uint32_t>(std::lround(p * 65536));
   return {static_cast<const int64_t*>(seed->const_data_ptr()), threshold,
           threshold < 65536 ? 65536.0f / static_cast<float>(65536 - threshold) : 0.0f};
@@ -64,10 +63,11 @@ void norm_fwd(StableIValue* values, uint64_t, uint64_t) {
 
   n.rows = rows_of(residual);
   const bool normed = weight.has_value();
-  STD_TORCH_CHECK(normed == shift.has_value() && (n.keep_sum || (x.has_value() && normed)) && n.rows.columns <= 8192,
-                  "flash_models: norm_fwd needs weight and shift or neither, both and x where the sum is not kept, and "
-                  "at most 8,192 columns; got shape ",
-                  shape_of(residual));
+  STD_TORCH_CHECK(
+      normed == shift.has_value() && (n.keep_sum || (x.has_value() && normed)) && n.rows.columns <= kMaxNormColumns,
+      "flash_models: norm_fwd needs weight and shift or neither, both and x where the sum is not kept, and "
+      "at most ",
+      kMaxNormColumns, " columns; got shape ", shape_of(residual));
   n.residual = values_of(residual, "residual", residual.numel(), residual);
   n.x = values_of(x, "x", residual.numel(), residual);
   n.bias = values_of(bias, "bias", n.rows.columns, residual);
@@ -108,10 +108,9 @@ void norm_bwd(StableIValue* values, uint64_t, uint64_t) {
   if (dout.has_value()) {
     STD_TORCH_CHECK(kept.has_value() && statistics.has_value() && weight.has_value() &&
                         statistics->scalar_type() == ScalarType::Float && kept->is_contiguous() &&
-                        statistics->is_contiguous() && n.rows.columns <= 8192,
-                    "flash_models: norm_bwd needs what norm_fwd kept, float32 statistics and a weight, of at most "
-                    "8,192 columns; got shape ",
-                    shape_of(like));
+                        statistics->is_contiguous() && n.rows.columns <= kMaxNormColumns,
+                    "flash_models: norm_bwd needs what norm_fwd kept, float32 statistics and a weight, of at most ",
+                    kMaxNormColumns, " columns; got shape ", shape_of(like));
     n.kept = values_of(kept, "kept", like.numel(), like);
     n.weight = values_of(weight, "weight", n.rows.columns, like);
     values_of(statistics, "statistics", 2 * n.rows.count, like);
@@ -177,9 +176,9 @@ void softmax_gradient_(StableIValue* values, uint64_t, uint64_t) {
   s.vocabulary = stack.take<int64_t>();
   s.rows = rows_of(logits);
   STD_TORCH_CHECK(
-      logits.is_contiguous() && reinterpret_cast<uintptr_t>(logits.const_data_ptr()) % 16 == 0 &&
-          labels.scalar_type() == ScalarType::Long && labels.numel() == s.rows.count &&
-          labels.get_device() == logits.get_device() && s.vocabulary > 0 && s.vocabulary <= s.rows.columns,
+      logits.is_contiguous() && on_16_bytes(logits) && labels.scalar_type() == ScalarType::Long &&
+          labels.numel() == s.rows.count && same_device(labels, logits) && s.vocabulary > 0 &&
+          s.vocabulary <= s.rows.columns,
       "flash_models: softmax_gradient_ needs contiguous logits and an int64 label for each row, got shapes ",
       shape_of(logits), " and ", shape_of(labels));
   const auto guard = on_device_of(logits);

@@ -8,6 +8,9 @@
 
 namespace flash_models {
 
+constexpr int kChunk = 8;                  // values that a thread takes at once
+constexpr int64_t kMaxNormColumns = 8192;  // a row is held in the registers of one CTA
+
 // Contiguous, on 16 bytes; nullptr where there is none.
 struct Values {
   void* data = nullptr;
@@ -16,11 +19,11 @@ struct Values {
   FM_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
-// Rows of `columns` values, a multiple of 8.
+// Rows of `columns` values, a multiple of kChunk.
 struct Rows {
   int64_t count, columns;
 
-  FM_HOST_DEVICE int chunks() const { return static_cast<int>(columns / 8); }
+  FM_HOST_DEVICE int chunks() const { return static_cast<int>(columns / kChunk); }
 };
 
 // A number of 16 bits below the threshold is dropped.
