@@ -42,7 +42,7 @@ struct BackwardShared {
   using QueryRing = RingBarriers<kStages>;
   static constexpr int kRings = KeyRing::kBytes + ValueRing::kBytes + 2 * QueryRing::kBytes + Kept::Barriers::kBytes;
   static constexpr int kNotes = (kBarriers + 24 + kRings + 15) / 16 * 16;
-  static constexpr int kBytes = kNotes + Notes<kStages>::kBytes;
+  static constexpr int kBytes = kNotes + Notes<2, kStages>::kBytes;
   uint32_t base;
 
   __device__ __forceinline__ Key k(int stage) const { return {base + stage * Key::kBytes}; }
@@ -62,7 +62,7 @@ struct BackwardShared {
   __device__ __forceinline__ QueryRing dout_ring() const { return {q_ring().end()}; }
   __device__ __forceinline__ Kept kept() const { return {base + kKept, {dout_ring().end()}}; }
 
-  __device__ __forceinline__ Notes<kStages> notes() const { return {base + kNotes}; }
+  __device__ __forceinline__ Notes<2, kStages> notes() const { return {base + kNotes}; }
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = kWarps * ptx::kWarpArrivals;

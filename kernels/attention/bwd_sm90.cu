@@ -137,7 +137,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
 template <typename T, typename Config>
 __device__ __forceinline__ void follow(const AttentionProblem& p) {
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
-  follow_notes(p, shared.notes(), shared.k_ring(), shared.q_ring(), Drawer<T, Config>{shared});
+  follow_notes(p, shared.notes(), shared.k_ring(), shared.q_ring(), Drawer<T, Config>{shared}, [] {});
 }
 
 template <typename T, typename Config>

@@ -15,6 +15,8 @@ struct ForwardConfig {
   static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileK = kTileK_;
   static constexpr int kTileQ = 64 * kWarpgroups, kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kCtasPerSm = kWarpgroups == 1 ? (kDim <= 64 ? 3 : 2) : 1;
+  // Of Q, as its place is where out leaves from. A short tile ends before the one after the next could come otherwise.
+  static constexpr int kTileStages = kDim <= 64 || (kWarpgroups == 2 && !kDropout) ? 3 : 2;
   static constexpr int kStages = kDim <= 64 ? (kWarpgroups == 1 ? 3 : 4) : 2;
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 88 : kCtasPerSm == 3 ? 40 : 72;
   static constexpr int kConsumerRegisters = kWarpgroups == 3   ? 160
@@ -24,37 +26,45 @@ struct ForwardConfig {
   static_assert(registers_suffice(kCtasPerSm, kWarpgroups, kProducerRegisters, kConsumerRegisters));
 };
 
-// What the producer tells of a tile of queries: all that a consumer would else have to find out of the problem in the
-// chain between two tiles.
+// What the planner tells of a tile of queries: all that loader and consumers would else have to find out of the problem
+// between two tiles.
 struct QueryNote : TileNote {
   Visible visible;
   int rows;          // of the sequence, from the tile's first one on
+  int row, key;      // the tile's first row and the sequence's first key, in the tensors
+  int position;      // the first one to walk
   int64_t out, lse;  // where the first row is written
+  Tiles walk;
 };
 
-//   Q [2][kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | bits of dropout | barriers | notes
+//   Q [kTileStages][kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | bits of dropout | barriers
+//   | notes
 template <typename T, typename Config>
 struct ForwardShared {
-  static constexpr int kStages = Config::kStages;
+  static constexpr int kTileStages = Config::kTileStages, kStages = Config::kStages;
   using Query = PanelTile<T, Config::kTileQ, Config::kDim>;
   using Key = PanelTile<T, Config::kTileK, Config::kDim>;
+  using Rows = PanelTile<T, 16, Config::kDim>;  // of out, as a warp writes them
   using Kept = KeptBits<4 * Config::kWarpgroups, 4 * Config::kWarpgroups, Config::kTileK / 64, 2>;
-  static constexpr int kKept = 2 * Query::kBytes + 2 * kStages * Key::kBytes, kBarriers = kKept + Kept::kBytes;
-  using QueryRing = RingBarriers<2>;
+  static constexpr int kKept = kTileStages * Query::kBytes + 2 * kStages * Key::kBytes;
+  static constexpr int kBarriers = kKept + (Config::kDropout ? Kept::kBytes : 0);
+  using TileRing = RingBarriers<kTileStages>;  // full: the note of the tile is there, its Q by q_full
   using KeyRing = RingBarriers<kStages>;
-  static constexpr int kRings = QueryRing::kBytes + 2 * KeyRing::kBytes + Kept::Barriers::kBytes;
-  static constexpr int kNotes = (kBarriers + 8 + kRings + 15) / 16 * 16;
-  using TileNotes = Notes<kStages, QueryNote>;
+  static constexpr int kRings = TileRing::kBytes + 2 * KeyRing::kBytes + Kept::Barriers::kBytes;
+  static constexpr int kNotes = (kBarriers + 8 + 8 * kTileStages + kRings + 15) / 16 * 16;
+  using TileNotes = Notes<kTileStages, kStages, QueryNote>;
   static constexpr int kBytes = kNotes + TileNotes::kBytes;
+  static_assert(kBytes <= 232448 / Config::kCtasPerSm - 1024 * (Config::kCtasPerSm > 1));
   uint32_t base;
 
   __device__ __forceinline__ Query q(int stage) const { return {base + stage * Query::kBytes}; }
-  __device__ __forceinline__ Key k(int stage) const { return {base + 2 * Query::kBytes + stage * Key::kBytes}; }
+  __device__ __forceinline__ Key k(int stage) const { return {base + kTileStages * Query::kBytes + stage * Key::kBytes}; }
   __device__ __forceinline__ Key v(int stage) const { return k(kStages + stage); }
 
   __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
-  __device__ __forceinline__ QueryRing q_ring() const { return {raw() + 8}; }
-  __device__ __forceinline__ KeyRing k_ring() const { return {q_ring().end()}; }
+  __device__ __forceinline__ uint32_t q_full(int stage) const { return raw() + 8 + 8 * stage; }
+  __device__ __forceinline__ TileRing tile_ring() const { return {q_full(kTileStages)}; }
+  __device__ __forceinline__ KeyRing k_ring() const { return {tile_ring().end()}; }
   __device__ __forceinline__ KeyRing v_ring() const { return {k_ring().end()}; }
   __device__ __forceinline__ Kept kept() const { return {base + kKept, {v_ring().end()}}; }
 
@@ -62,9 +72,10 @@ struct ForwardShared {
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = 4 * Config::kWarpgroups * ptx::kWarpArrivals;
-    constexpr int kNoteReaders = kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of Q's and K's
+    constexpr int kNoteReaders = kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of tiles and keys
     ptx::mbarrier_init(raw(), 1);
-    q_ring().init(1, kNoteReaders);
+    for (int stage = 0; stage < kTileStages; ++stage) ptx::mbarrier_init(q_full(stage), 1);
+    tile_ring().init(1, kNoteReaders);
     k_ring().init(1, kNoteReaders);
     v_ring().init(1, kReaders);
     kept().init_barriers();

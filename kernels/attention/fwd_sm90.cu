@@ -25,12 +25,13 @@
 #include "maps.h"
 #include "partial.cuh"
 #include "softmax.cuh"
+#include "softmax_sm90.cuh"
 
 namespace flash_models {
 namespace {
 
 struct ForwardMaps {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, out;
 };
 
 // The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where
@@ -55,17 +56,6 @@ struct Schedule {
     whole.place = pairs ? Place::of_pair(p, number, query_tiles) : Place(p, number, query_tiles, p.causal);
     return whole;
   }
-};
-
-// The rows of one query tile.
-template <typename Config>
-struct QueryTile {
-  const Sequence s;
-  const int q0;
-  const Visible visible;
-
-  __device__ __forceinline__ QueryTile(const AttentionProblem& p, int tile, int batch)
-      : s(sequence_of(p, batch)), q0(tile * Config::kTileQ), visible(p, s) {}
 };
 
 // The consumers' turns: warpgroup `i` issues products after `i - 1` has.
@@ -100,79 +90,116 @@ struct Drawer {
   }
 };
 
+// Finds out what comes next and writes the notes of it, a tile ahead of all others.
 template <typename T, typename Config>
-__device__ __forceinline__ void produce(const AttentionProblem& p, const ForwardMaps& maps, const Schedule& schedule) {
-  using Shared = ForwardShared<T, Config>;
-  const Shared shared{ptx::swizzled_shared()};
+struct Planner {
+  const AttentionProblem& p;
+  const Schedule& schedule;
+  const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
+  int number = schedule.first();
+  Ring<Config::kTileStages> tiles;
+
+  // The note of one tile; false when it says that none is left.
+  __device__ __forceinline__ bool operator()() {
+    while (number < schedule.count) {
+      const ListedWork work = schedule.work(p, number);
+      number = schedule.next(number);
+      const Place place = work.place;
+      const Sequence s = sequence_of(p, place.batch);
+      const int q0 = place.tile * Config::kTileQ;
+      if (place.tile < 0 || q0 >= s.q_len) continue;
+      const Visible visible(p, s);
+      const Tiles walk = key_tiles(p, visible, work.piece, q0, Config::kTileQ, Config::kTileK);
+      const int position = walk.next(0);
+      write({{place.tile, place.head, place.batch, 2 * static_cast<int>(work.slot) + (position < walk.count)},
+             visible,
+             static_cast<int>(s.q_len) - q0,
+             static_cast<int>(s.q_begin) + q0,
+             static_cast<int>(s.k_begin),
+             position,
+             query_offset(p.out, s, place.batch, place.head) + q0 * p.out.seq,
+             lse_offset(p, s, place.batch, place.head) + q0,
+             walk});
+      return true;
+    }
+    write({TileNote::end()});
+    return false;
+  }
+
+  __device__ __forceinline__ void write(const QueryNote& note) {
+    shared.tile_ring().await_empty(tiles);
+    if (threadIdx.x % 32 == 0) {
+      shared.notes().tile(tiles.stage) = note;
+      ptx::mbarrier_arrive(shared.tile_ring().full(tiles.stage));
+    }
+    tiles.advance();
+  }
+};
+
+template <typename T, typename Config>
+__device__ __forceinline__ void produce(const AttentionProblem& p, const ForwardMaps& maps) {
+  const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   Producer producer{shared.raw()};
   Drawer<T, Config> drawer{shared};
-  Ring<2> queries;
+  Ring<Config::kTileStages> tiles;
   Ring<Config::kStages> ring;
-  for (int number = schedule.first(); number < schedule.count; number = schedule.next(number)) {
-    const ListedWork work = schedule.work(p, number);
-    const QueryTile<Config> tile(p, work.place.tile, work.place.batch);
-    if (work.place.tile < 0 || tile.q0 >= tile.s.q_len) continue;
-    const Tiles walk = key_tiles(p, tile.visible, work.piece, tile.q0, Config::kTileQ, Config::kTileK);
-    const int batch = p.cu_seqlens_q != nullptr ? 0 : work.place.batch, head = work.place.head;  // packed: one batch
-    const int key_begin = static_cast<int>(tile.s.k_begin);
-    int position = walk.next(0);
-
-    shared.q_ring().await_empty(queries);
-    if (producer.leader)
-      shared.notes().tile(queries.stage) = {
-          {work.place.tile, head, work.place.batch, 2 * static_cast<int>(work.slot) + (position < walk.count)},
-          tile.visible,
-          static_cast<int>(tile.s.q_len) - tile.q0,
-          query_offset(p.out, tile.s, work.place.batch, head) + tile.q0 * p.out.seq,
-          lse_offset(p, tile.s, work.place.batch, head) + tile.q0};
-    producer.load(shared.q(queries.stage), maps.q, shared.q_ring().full(queries.stage),
-                  static_cast<int>(tile.s.q_begin) + tile.q0, head, batch);
-    queries.advance();
-    const Dropout dropout(p, work.place.batch * p.heads + head);
-    while (position < walk.count) {
-      const int k0 = walk.tile(position) * Config::kTileK;
-      position = walk.next(position + 1);
+  while (true) {
+    shared.tile_ring().await_full(tiles);
+    const QueryNote note = shared.notes().tile(tiles.stage);
+    if (note.last()) break;
+    const int batch = p.cu_seqlens_q != nullptr ? 0 : note.batch;  // packed: one batch
+    producer.load(shared.q(tiles.stage), maps.q, shared.q_full(tiles.stage), note.row, note.head, batch);
+    tiles.advance();
+    const Dropout dropout(p, note.batch * p.heads + note.head);
+    for (int position = note.position; position < note.walk.count;) {
+      const int k0 = note.walk.tile(position) * Config::kTileK;
+      position = note.walk.next(position + 1);
       shared.k_ring().await_empty(ring);
-      if (producer.leader) shared.notes().first(ring.stage) = k0 + (position >= walk.count);
-      producer.load(shared.k(ring.stage), maps.k, shared.k_ring().full(ring.stage), key_begin + k0, head, batch);
+      if (producer.leader) shared.notes().first(ring.stage) = k0 + (position >= note.walk.count);
+      producer.load(shared.k(ring.stage), maps.k, shared.k_ring().full(ring.stage), note.key + k0, note.head, batch);
       shared.v_ring().await_empty(ring);
-      producer.load(shared.v(ring.stage), maps.v, shared.v_ring().full(ring.stage), key_begin + k0, head, batch,
-                    tile.visible.lo - k0, tile.visible.hi - k0);
+      producer.load(shared.v(ring.stage), maps.v, shared.v_ring().full(ring.stage), note.key + k0, note.head, batch,
+                    note.visible.lo - k0, note.visible.hi - k0);
       ring.advance();
-      if constexpr (Config::kDropout) drawer(dropout, work.place.tile, k0);
+      if constexpr (Config::kDropout) drawer(dropout, note.tile, k0);
     }
   }
-  shared.q_ring().await_empty(queries);
-  if (producer.leader) {
-    shared.notes().tile(queries.stage) = {TileNote::end()};
-    ptx::mbarrier_arrive(shared.q_ring().full(queries.stage));
+  if (producer.leader) ptx::mbarrier_arrive(shared.q_full(tiles.stage));
+}
+
+// The first follower, the planner, plans while the consumers are still at the tile before.
+template <typename T, typename Config>
+__device__ __forceinline__ void follow(const AttentionProblem& p, const Schedule& schedule) {
+  const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
+  const Drawer<T, Config> drawer{shared};
+  if (threadIdx.x < 64) {
+    Planner<T, Config> plan{p, schedule};
+    plan();
+    follow_notes(p, shared.notes(), shared.tile_ring(), shared.k_ring(), drawer, plan);
+  } else {
+    follow_notes(p, shared.notes(), shared.tile_ring(), shared.k_ring(), drawer, [] {});
   }
 }
 
 template <typename T, typename Config>
-__device__ __forceinline__ void follow(const AttentionProblem& p) {
-  const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
-  follow_notes(p, shared.notes(), shared.q_ring(), shared.k_ring(), Drawer<T, Config>{shared});
-}
-
-template <typename T, typename Config>
-__device__ __forceinline__ void consume(const AttentionProblem& p) {
+__device__ __forceinline__ void consume(const AttentionProblem& p, const ForwardMaps& maps) {
   constexpr bool kDropout = Config::kDropout;
   constexpr int kDim = Config::kDim, kTileK = Config::kTileK;
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   const Lane lane;
   const int warpgroup = warpgroup_of_thread() - 1, row0 = 64 * warpgroup + threadIdx.x % 128 / 32 * 16;
   const float scale_log2 = p.scale * kLog2e;
-  Ring<2> queries;
+  Ring<Config::kTileStages> tiles, finished;
   Ring<Config::kStages> keys, values;
   Ring<2> drawn;
+  bool leaving = false;  // out of the tile before
   KeepPacked<kTileK / 8> keep;
   float scores[1][kTileK / 8][4], out[1][kDim / 8][4], factor[1][2];
   uint32_t probabilities[kTileK / 16][4];
   if (warpgroup == Config::kWarpgroups - 1) Turns<Config::kWarpgroups>::pass(warpgroup);
 
   auto multiply_qk = [&] {
-    multiply_rows<T>(scores, shared.q(queries.stage), 64 * warpgroup, shared.k(keys.stage));
+    multiply_rows<T>(scores, shared.q(tiles.stage), 64 * warpgroup, shared.k(keys.stage));
     ptx::wgmma_commit();
   };
   auto multiply_pv = [&] {
@@ -180,8 +207,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
     ptx::wgmma_commit();
   };
   auto await_tile = [&] {  // with its first keys
-    shared.q_ring().await_full(queries);
-    const TileNote note = shared.notes().tile(queries.stage);
+    ptx::mbarrier_wait(shared.q_full(tiles.stage), tiles.parity);
+    const TileNote note = shared.notes().tile(tiles.stage);
     if (note.walks()) shared.k_ring().await_full(keys);
     return note;
   };
@@ -191,22 +218,25 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
   multiply_qk();  // in vain where there are no keys
   ptx::wgmma_wait<0>();
   while (!note.last()) {
-    const QueryNote& known = shared.notes().tile(queries.stage);
+    const auto place = shared.q(tiles.stage);
+    const QueryNote& known = shared.notes().tile(tiles.stage);
     const Visible visible = known.visible;
-    const int q0 = note.tile * Config::kTileQ + row0, slot = note.slot();
-    OnlineSoftmax<1> softmax;
+    const int q0 = note.tile * Config::kTileQ + row0;
+    OptimisticSoftmax softmax;
     clear(out);
 
     auto mask = [&](int k0) {
       if (!visible.all(q0, k0, kTileK)) mask_scores(scores, visible, q0, k0, lane);
     };
-    auto move = [&] {
-      softmax.move(scores, factor, scale_log2);
-      rescale(out, factor);
-    };
-    auto exponentiate = [&] {
-      while (!softmax.template exponentiate<T>(scores, probabilities, scale_log2)) move();
+    auto round = [&] {
+      softmax.accept();
+      pack_operands<T>(probabilities, scores);
       if constexpr (kDropout) keep.drop(probabilities);
+    };
+    auto release_finished = [&] {
+      if (!leaving) return;
+      ptx::bulk_wait_read_warp();
+      shared.tile_ring().release(finished);
     };
     auto take_keep = [&] {
       if constexpr (kDropout) shared.kept().take(drawn, row0 / 16, lane.id, keep.word);
@@ -214,11 +244,13 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
 
     if (note.walks()) {
       int k0 = shared.notes().first(keys.stage);
-      shared.k_ring().release(keys);
       take_keep();
       mask(k0 & ~1);
       softmax.move(scores, factor, scale_log2);  // out is 0
-      exponentiate();
+      release_finished();
+      softmax.exponentiate(scores, scale_log2);
+      round();
+      shared.k_ring().release(keys);
       while (k0 % 2 == 0) {  // not the last
         shared.k_ring().await_full(keys);
         shared.v_ring().await_full(values);
@@ -230,42 +262,64 @@ __device__ __forceinline__ void consume(const AttentionProblem& p) {
         k0 = shared.notes().first(keys.stage);
         take_keep();
         ptx::wgmma_wait<1>();
-        shared.k_ring().release(keys);
         mask(k0 & ~1);
+        const bool held = softmax.exponentiate(scores, scale_log2);
+        const bool again = ptx::named_barrier_any(4 + warpgroup, 128, !held);
         ptx::wgmma_wait<0>();
         shared.v_ring().release(values);
-        exponentiate();
+        if (again) {
+          ptx::wgmma_fence();
+          multiply_qk();
+          ptx::wgmma_wait<0>();
+          mask(k0 & ~1);
+          softmax.move(scores, factor, scale_log2);
+          rescale(out, factor);
+          softmax.exponentiate(scores, scale_log2);
+        }
+        shared.k_ring().release(keys);
+        round();
       }
       shared.v_ring().await_full(values);
+    } else {
+      release_finished();
     }
-    const bool with_keys = note.walks();
-    const int rows = known.rows - row0;
-    float* const lse = p.lse + known.lse + row0;
-    T* const target = static_cast<T*>(p.out.data) + known.out + row0 * p.out.seq;
-    shared.q_ring().release(queries);
+    const TileNote done = note;
+    tiles.advance();
     note = await_tile();
     ptx::wgmma_fence();
-    if (with_keys) multiply_pv();
+    if (done.walks()) multiply_pv();
     multiply_qk();
     ptx::wgmma_wait<1>();
-    if (with_keys) shared.v_ring().release(values);
+    if (done.walks()) shared.v_ring().release(values);
 
     softmax.finish(factor, kDropout ? p.keep_scale : 1.0f);
-    if (slot >= 0) {
-      float* partial = partial_of_warp(p, slot, row0, partial_out_floats(kDim));
+    const bool second = lane.col & 2;  // two lanes of a quad write the lse of its two rows
+    const int row = lane.row + 8 * second;
+    const float lse = softmax.lse(second);
+    if (done.slot() >= 0) {
+      float* partial = partial_of_warp(p, done.slot(), row0, partial_out_floats(kDim));
       store_partial(out, factor[0], partial, lane.id);
-      if (lane.id % 4 == 0)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) partial[16 * kDim + lane.row + 8 * half] = softmax.lse(0, half, p.scale);
+      if (lane.col < 4) partial[16 * kDim + row] = lse;
     } else {
-      if (lane.id % 4 == 0)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          if (lane.row + 8 * half < rows) lse[lane.row + 8 * half] = softmax.lse(0, half, p.scale);
-      store_fragments<T>(out, factor, target, p.out.seq, rows, static_cast<int>(p.head_dim), lane);
+      const int rows = known.rows - row0;
+      if (lane.col < 4 && row < rows) p.lse[known.lse + row0 + row] = lse;
+      // Q is not needed any more, and from its place out goes on by the copy engine.
+      ptx::named_barrier_sync(4 + warpgroup, 128);
+      store_operands<T>(place, row0, out, factor, lane.id);
+      if (p.cu_seqlens_q == nullptr) {
+        ptx::fence_proxy_async();
+        __syncwarp();
+        place.store_rows(maps.out, row0, known.row + row0, done.head, done.batch);
+      } else {
+        __syncwarp();
+        place.copy_rows(static_cast<T*>(p.out.data) + known.out + row0 * p.out.seq, p.out.seq, row0, min(rows, 16),
+                        static_cast<int>(p.head_dim));
+      }
     }
+    leaving = true;
     ptx::wgmma_wait<0>();
   }
+  ptx::bulk_wait_read_warp();
 }
 
 template <typename T, typename Config>
@@ -277,13 +331,17 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::lower_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32)
-      produce<T, Config>(p, maps, schedule);
-    else if constexpr (Config::kDropout)
-      follow<T, Config>(p);
+    if (threadIdx.x < 32) {
+      produce<T, Config>(p, maps);
+    } else if constexpr (Config::kDropout) {
+      follow<T, Config>(p, schedule);
+    } else if (threadIdx.x < 64) {
+      for (Planner<T, Config> plan{p, schedule}; plan();) {
+      }
+    }
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
-    consume<T, Config>(p);
+    consume<T, Config>(p, maps);
   }
 }
 
@@ -291,7 +349,7 @@ template <typename T, typename Config>
 void launch_forward(const AttentionProblem& p) {
   using Shared = ForwardShared<T, Config>;
   const ForwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
-                         key_map<typename Shared::Key>(p, p.v)};
+                         key_map<typename Shared::Key>(p, p.v), query_map<typename Shared::Rows>(p, p.out)};
   const bool listed = p.rows.start != nullptr, alike = !listed && p.cu_seqlens_q == nullptr;
   const bool pairs = alike && p.causal;
   const int64_t query_tiles = ceil_div(p.seqlen_q, Config::kTileQ);

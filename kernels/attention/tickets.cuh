@@ -26,17 +26,17 @@ struct alignas(16) TileNote {
   __device__ __forceinline__ int slot() const { return slot_and_work >> 1; }
 };
 
-// In shared memory: the notes of two tiles, and for each of kStages stages the first token of the tile that passes by,
-// plus 1 if it is the last one to walk.
-template <int kStages, typename Note = TileNote>
+// In shared memory: the notes of kTiles tiles, and for each of kStages stages the first token of the tile that passes
+// by, plus 1 if it is the last one to walk.
+template <int kTiles, int kStages, typename Note = TileNote>
 struct Notes {
-  static constexpr int kBytes = 2 * sizeof(Note) + 4 * kStages;
+  static constexpr int kBytes = kTiles * sizeof(Note) + 4 * kStages;
   uint32_t base;  // a multiple of 16
 
   __device__ __forceinline__ Note& tile(int stage) const {
     return static_cast<Note*>(__cvta_shared_to_generic(base))[stage];
   }
-  __device__ __forceinline__ int& first(int stage) const { return reinterpret_cast<int*>(&tile(2))[stage]; }
+  __device__ __forceinline__ int& first(int stage) const { return reinterpret_cast<int*>(&tile(kTiles))[stage]; }
 };
 
 }  // namespace flash_models

@@ -94,6 +94,21 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map
       : "memory");
 }
 
+// The same from shared memory, as one group of its issuer; elements outside the tensor are not written. Called by a warp;
+// one of its lanes issues.
+__device__ __forceinline__ void tma_store_warp(const CUtensorMap& map, uint32_t shared, int dim, int seq, int head,
+                                               int batch) {
+  asm volatile(
+      "{\n"
+      ".reg .pred leader;\n"
+      "elect.sync _|leader, 0xffffffff;\n"
+      "@leader cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2,%3,%4,%5}], [%1];\n"
+      "@leader cp.async.bulk.commit_group;\n"
+      "}" ::"l"(&map),
+      "r"(shared), "r"(dim), "r"(seq), "r"(head), "r"(batch)
+      : "memory");
+}
+
 // "cp.async.bulk": copies `bytes`, a multiple of 16 as the addresses are.
 __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
@@ -131,6 +146,22 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same as named_barrier_sync; true where it is for any of them ("bar.red").
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool x) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred in, out;\n"
+      "setp.ne.b32 in, %3, 0;\n"
+      "bar.red.or.pred out, %1, %2, in;\n"
+      "selp.b32 %0, 1, 0, out;\n"
+      "}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<int>(x))
+      : "memory");
+  return any != 0;
 }
 
 // "Miscellaneous: setmaxnreg". By every warp of a warpgroup.

@@ -51,12 +51,33 @@ struct PanelTile {
 
   // Writes a warp's A operand (16 x 16) to rows row0 .. and columns column0 ...
   __device__ __forceinline__ void store_operand(int row0, int column0, const uint32_t (&a)[4], int lane) const {
-    const int row = row0 + lane % 16, chunk = column0 % kPanelDim / 8 + lane / 16;
-    const int key = kRowBytes == 128 ? row & 7 : (row >> 1) & 3;
-    ptx::stmatrix(base + column0 / kPanelDim * kPanelBytes + row * kRowBytes + ((chunk ^ key) << 4), a);
+    ptx::stmatrix(chunk(column0 / kPanelDim, row0 + lane % 16, column0 % kPanelDim / 8 + lane / 16), a);
+  }
+
+  // Starts the copy of rows row0 .. to global rows seq .., by one warp: as many as the boxes of `map` have.
+  __device__ __forceinline__ void store_rows(const CUtensorMap& map, int row0, int seq, int head, int batch) const {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel)
+      ptx::tma_store_warp(map, base + panel * kPanelBytes + row0 * kRowBytes, panel * kPanelDim, seq, head, batch);
+  }
+
+  // Copies `rows` rows from row0 on and `dims` columns, by one warp: where the rows behind them belong to others.
+  __device__ __forceinline__ void copy_rows(T* target, int64_t row_stride, int row0, int rows, int dims) const {
+    for (int i = threadIdx.x % 32; i < rows * (kDim / 8); i += 32) {
+      const int row = i / (kDim / 8), dim = 8 * (i % (kDim / 8));
+      if (dim < dims)
+        *reinterpret_cast<uint4*>(target + row * row_stride + dim) = *static_cast<const uint4*>(
+            __cvta_shared_to_generic(chunk(dim / kPanelDim, row0 + row, dim % kPanelDim / 8)));
+    }
   }
 
  private:
+  // Address of a row's columns 8 i .. 8 i + 7 of a panel.
+  __device__ __forceinline__ uint32_t chunk(int panel, int row, int i) const {
+    const int key = kRowBytes == 128 ? row & 7 : (row >> 1) & 3;
+    return base + panel * kPanelBytes + row * kRowBytes + ((i ^ key) << 4);
+  }
+
   // Bits 0-13 the address, 16-29 the distance of panels (read where the depth runs down the columns), 32-45 that of
   // groups of eight rows, all in units of 16 bytes; 62-63 the swizzle, 1 for 128 bytes and 2 for 64. Shared memory ends
   // before the address does, so the offset is added to a word that a loop computes once.
@@ -130,12 +151,10 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[1][kN][4], cons
 template <typename T, int kN>
 __device__ __forceinline__ void pack_operands(uint32_t (&a)[kN / 2][4], const float (&x)[1][kN][4]) {
 #pragma unroll
-  for (int k = 0; k < kN / 2; ++k) {
-    a[k][0] = pack<T>(x[0][2 * k][0], x[0][2 * k][1]);
-    a[k][1] = pack<T>(x[0][2 * k][2], x[0][2 * k][3]);
-    a[k][2] = pack<T>(x[0][2 * k + 1][0], x[0][2 * k + 1][1]);
-    a[k][3] = pack<T>(x[0][2 * k + 1][2], x[0][2 * k + 1][3]);
-  }
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      a[n / 2][2 * (n % 2) + half] = pack<T>(x[0][n][2 * half], x[0][n][2 * half + 1]);
 }
 
 // acc (+)= A * B, A in registers, B: all of `b`. Issues the products of one group.
@@ -145,6 +164,22 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[1][TileB::kDim / 8
                                                  bool accumulate) {
 #pragma unroll
   for (int k = 0; k < TileB::kRows / 16; ++k) ptx::wgmma<T, true>(acc, a[k], b.by_columns(16 * k), accumulate || k > 0);
+}
+
+// Rounds acc * factor and writes a warp's 16 rows of it to rows row0 .. of a tile.
+template <typename T, int kN, typename Tile>
+__device__ __forceinline__ void store_operands(const Tile& tile, int row0, const float (&acc)[1][kN][4],
+                                               const float (&factor)[1][2], int lane) {
+#pragma unroll
+  for (int k = 0; k < kN / 2; ++k) {
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* x = acc[0][2 * k + i / 2] + 2 * (i % 2);
+      a[i] = pack<T>(x[0] * factor[0][i % 2], x[1] * factor[0][i % 2]);
+    }
+    tile.store_operand(row0, 16 * k, a, lane);
+  }
 }
 
 // Exchanges x[i] of lane j of a quad with x[j] of lane i: four lanes that each hold a column of four groups then hold a

@@ -17,7 +17,7 @@ inline uint32_t swizzled_shared() { return 0; }
 
 // What an emulated CUtensorMap holds.
 struct TensorView {
-  const char* data;
+  char* data;
   int64_t sizes[4], strides[3];  // elements; strides of seq, head and batch
   int box_dim, box_rows;
 };
@@ -49,19 +49,22 @@ inline uint32_t swizzled(uint32_t address, int row_bytes) {
   return address ^ ((address >> 7 & (row_bytes == 128 ? 7 : 3)) << 4);
 }
 
-inline void deliver(const Box& box) {
+// To shared memory, zeros for what lies outside the tensor, or from it.
+inline void transfer(const Box& box, bool to_shared) {
   const TensorView& view = box.view;
   const int row_bytes = 2 * view.box_dim;
   for (int row = 0; row < view.box_rows; ++row)
     for (int column = 0; column < view.box_dim; ++column) {
       const int64_t dim = box.at[0] + column, seq = box.at[1] + row;
-      uint16_t x = 0;
-      if (dim < view.sizes[0] && seq >= 0 && seq < view.sizes[1])
-        std::memcpy(
-            &x,
-            view.data + 2 * (dim + seq * view.strides[0] + box.at[2] * view.strides[1] + box.at[3] * view.strides[2]),
-            2);
-      std::memcpy(__cvta_shared_to_generic(swizzled(box.shared + row * row_bytes + 2 * column, row_bytes)), &x, 2);
+      char* global =
+          view.data + 2 * (dim + seq * view.strides[0] + box.at[2] * view.strides[1] + box.at[3] * view.strides[2]);
+      void* shared = __cvta_shared_to_generic(swizzled(box.shared + row * row_bytes + 2 * column, row_bytes));
+      const bool inside = dim < view.sizes[0] && seq >= 0 && seq < view.sizes[1];
+      if (to_shared) {
+        inside ? std::memcpy(shared, global, 2) : std::memset(shared, 0, 2);
+      } else if (inside) {
+        std::memcpy(global, shared, 2);
+      }
     }
 }
 
@@ -88,24 +91,26 @@ inline void mbarrier_arrive_warp(uint32_t address) {
   if (emulation::thread % 32 == 0) mbarrier_arrive(address);
 }
 
-// Sums under way, by the thread that issued them; shared memory is read when it waits.
-struct BulkAdd {
-  float* global;
-  uint32_t shared;
-  int count;
-};
-inline std::map<int, std::vector<BulkAdd>> bulk_adds;
+// What is under way from shared to global memory, by the thread that issued it; it happens when that one waits.
+inline std::map<int, std::vector<std::function<void()>>> bulk_groups;
 
 inline void bulk_add_warp(float* global, uint32_t shared, int bytes) {
-  if (emulation::thread % 32 == 0) bulk_adds[emulation::thread].push_back({global, shared, bytes / 4});
+  if (emulation::thread % 32 != 0) return;
+  bulk_groups[emulation::thread].push_back([=] {
+    for (int i = 0; i < bytes / 4; ++i)
+      global[i] += static_cast<const float*>(__cvta_shared_to_generic(shared))[i];
+  });
+}
+
+inline void tma_store_warp(const CUtensorMap& map, uint32_t shared, int dim, int seq, int head, int batch) {
+  if (emulation::thread % 32 != 0) return;
+  Box box{{}, shared, {dim, seq, head, batch}};
+  std::memcpy(&box.view, &map, sizeof(TensorView));
+  bulk_groups[emulation::thread].push_back([box] { transfer(box, false); });
 }
 
 inline void bulk_wait_read_warp() {
-  std::vector<BulkAdd>& mine = bulk_adds[emulation::thread];
-  for (const BulkAdd& add : mine)
-    for (int i = 0; i < add.count; ++i)
-      add.global[i] += static_cast<const float*>(__cvta_shared_to_generic(add.shared))[i];
-  mine.clear();
+  for (const auto& act : std::exchange(bulk_groups[emulation::thread], {})) act();
   __syncwarp();
 }
 
@@ -118,7 +123,7 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity) {
   Barrier& barrier = barriers.at(address);
   while (true) {
     for (const Box& box : std::exchange(barrier.boxes, {})) {
-      deliver(box);
+      transfer(box, true);
       barrier.bytes -= 2 * box.view.box_dim * box.view.box_rows;
       end_phase(barrier);
     }
@@ -174,6 +179,15 @@ inline void named_barrier_sync(int id, int threads) {
   const uint64_t round = meeting.round;
   named_barrier_arrive(id, threads);
   while (meeting.round == round) swapcontext(&emulation::fibers[emulation::thread].context, &emulation::scheduler);
+}
+
+inline bool named_barrier_any(int id, int threads, bool x) {
+  static bool seen[16][3];  // of this round, the next, and the last, which some may not have read yet
+  const uint64_t round = emulation::named_meeting[id].round;
+  seen[id][(round + 1) % 3] = false;
+  seen[id][round % 3] |= x;
+  named_barrier_sync(id, threads);
+  return seen[id][round % 3];
 }
 
 template <int kRegisters>

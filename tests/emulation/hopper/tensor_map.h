@@ -11,7 +11,7 @@ namespace flash_models {
 template <typename Tile>
 CUtensorMap tensor_map(CUtensorMapDataType, const void* data, int64_t head_dim, int64_t seq, int64_t seq_stride,
                        int64_t heads, int64_t head_stride, int64_t batch, int64_t batch_stride) {
-  const ptx::TensorView view{static_cast<const char*>(data),
+  const ptx::TensorView view{static_cast<char*>(const_cast<void*>(data)),
                              {head_dim, seq, heads, batch},
                              {seq_stride, head_stride, batch_stride},
                              Tile::kPanelDim,
