@@ -138,6 +138,19 @@ def test_kernels_match_reference(emulated, case, head_dim, dtype):
         assert error < 2 * eps, f"{name}: relative error {error:.2e}, expected below {2 * eps:.2e}"
 
 
+@pytest.mark.parametrize("growth", [30, 3000])  # the latter overflows against the reference point of the first keys
+def test_scores_that_grow(emulated, growth):
+    generator = torch.Generator().manual_seed(growth)
+    q, k, v = (torch.randn(1, n, 1, 64, generator=generator) for n in (130, 600, 600))
+    k *= torch.linspace(1, growth, 600)[:, None, None]
+    q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+    settings = (0.125, False, False, False, None, 0.0, None, None, None, 130, 600, *(None,) * 6, 0)
+    out, lse = emulated.attention_fwd(q, k, v, *settings)
+    expected, expected_lse = attention_reference(*(x.double() for x in (q, k, v)), scale=0.125)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 40), (3, 65, 33), (2, 300, 9), (1, 3, 1100)])
 def test_layouts_are_the_same(emulated, shape, transposed):

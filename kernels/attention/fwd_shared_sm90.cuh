@@ -37,8 +37,8 @@ struct QueryNote : TileNote {
   Tiles walk;
 };
 
-//   Q [kTileStages][kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | bits of dropout | barriers
-//   | notes
+//   Q [kTileStages][kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | bits of dropout |
+//   barriers | notes
 template <typename T, typename Config>
 struct ForwardShared {
   static constexpr int kTileStages = Config::kTileStages, kStages = Config::kStages;
@@ -54,11 +54,13 @@ struct ForwardShared {
   static constexpr int kNotes = (kBarriers + 8 + 8 * kTileStages + kRings + 15) / 16 * 16;
   using TileNotes = Notes<kTileStages, kStages, QueryNote>;
   static constexpr int kBytes = kNotes + TileNotes::kBytes;
-  static_assert(kBytes <= 232448 / Config::kCtasPerSm - 1024 * (Config::kCtasPerSm > 1));
+  static_assert(kBytes <= shared_bytes(Config::kCtasPerSm));
   uint32_t base;
 
   __device__ __forceinline__ Query q(int stage) const { return {base + stage * Query::kBytes}; }
-  __device__ __forceinline__ Key k(int stage) const { return {base + kTileStages * Query::kBytes + stage * Key::kBytes}; }
+  __device__ __forceinline__ Key k(int stage) const {
+    return {base + kTileStages * Query::kBytes + stage * Key::kBytes};
+  }
   __device__ __forceinline__ Key v(int stage) const { return k(kStages + stage); }
 
   __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
@@ -72,7 +74,8 @@ struct ForwardShared {
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = 4 * Config::kWarpgroups * ptx::kWarpArrivals;
-    constexpr int kNoteReaders = kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of tiles and keys
+    constexpr int kNoteReaders =
+        kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of tiles and keys
     ptx::mbarrier_init(raw(), 1);
     for (int stage = 0; stage < kTileStages; ++stage) ptx::mbarrier_init(q_full(stage), 1);
     tile_ring().init(1, kNoteReaders);

@@ -110,29 +110,22 @@ struct Planner {
       if (place.tile < 0 || q0 >= s.q_len) continue;
       const Visible visible(p, s);
       const Tiles walk = key_tiles(p, visible, work.piece, q0, Config::kTileQ, Config::kTileK);
-      const int position = walk.next(0);
-      write({{place.tile, place.head, place.batch, 2 * static_cast<int>(work.slot) + (position < walk.count)},
-             visible,
-             static_cast<int>(s.q_len) - q0,
-             static_cast<int>(s.q_begin) + q0,
-             static_cast<int>(s.k_begin),
-             position,
-             query_offset(p.out, s, place.batch, place.head) + q0 * p.out.seq,
-             lse_offset(p, s, place.batch, place.head) + q0,
-             walk});
+      write_note(shared, tiles, [&](QueryNote& note) {
+        note.position = walk.next(0);
+        note.tile = place.tile, note.head = place.head, note.batch = place.batch;
+        note.slot_and_work = 2 * static_cast<int>(work.slot) + (note.position < walk.count);
+        note.visible = visible;
+        note.rows = static_cast<int>(s.q_len) - q0;
+        note.row = static_cast<int>(s.q_begin) + q0;
+        note.key = static_cast<int>(s.k_begin);
+        note.out = query_offset(p.out, s, place.batch, place.head) + q0 * p.out.seq;
+        note.lse = lse_offset(p, s, place.batch, place.head) + q0;
+        note.walk = walk;
+      });
       return true;
     }
-    write({TileNote::end()});
+    write_note(shared, tiles, [](QueryNote& note) { note.end(); });
     return false;
-  }
-
-  __device__ __forceinline__ void write(const QueryNote& note) {
-    shared.tile_ring().await_empty(tiles);
-    if (threadIdx.x % 32 == 0) {
-      shared.notes().tile(tiles.stage) = note;
-      ptx::mbarrier_arrive(shared.tile_ring().full(tiles.stage));
-    }
-    tiles.advance();
   }
 };
 
@@ -145,7 +138,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
   Ring<Config::kStages> ring;
   while (true) {
     shared.tile_ring().await_full(tiles);
-    const QueryNote note = shared.notes().tile(tiles.stage);
+    const QueryNote& note = shared.notes().tile(tiles.stage);
     if (note.last()) break;
     const int batch = p.cu_seqlens_q != nullptr ? 0 : note.batch;  // packed: one batch
     producer.load(shared.q(tiles.stage), maps.q, shared.q_full(tiles.stage), note.row, note.head, batch);
@@ -167,16 +160,21 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
   if (producer.leader) ptx::mbarrier_arrive(shared.q_full(tiles.stage));
 }
 
-// The first follower, the planner, plans while the consumers are still at the tile before.
+// Warps 1 to 3 of the producer's warpgroup. The first of them plans; with dropout all draw.
 template <typename T, typename Config>
 __device__ __forceinline__ void follow(const AttentionProblem& p, const Schedule& schedule) {
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   const Drawer<T, Config> drawer{shared};
   if (threadIdx.x < 64) {
     Planner<T, Config> plan{p, schedule};
-    plan();
-    follow_notes(p, shared.notes(), shared.tile_ring(), shared.k_ring(), drawer, plan);
-  } else {
+    if constexpr (Config::kDropout) {
+      plan();
+      follow_notes(p, shared.notes(), shared.tile_ring(), shared.k_ring(), drawer, plan);
+    } else {
+      while (plan()) {
+      }
+    }
+  } else if constexpr (Config::kDropout) {
     follow_notes(p, shared.notes(), shared.tile_ring(), shared.k_ring(), drawer, [] {});
   }
 }
@@ -331,14 +329,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::lower_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32) {
+    if (threadIdx.x < 32)
       produce<T, Config>(p, maps);
-    } else if constexpr (Config::kDropout) {
+    else
       follow<T, Config>(p, schedule);
-    } else if (threadIdx.x < 64) {
-      for (Planner<T, Config> plan{p, schedule}; plan();) {
-      }
-    }
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
     consume<T, Config>(p, maps);

@@ -13,13 +13,13 @@ namespace flash_models {
 
 // State of the two rows that a lane shares with the other three lanes of its quad.
 struct OptimisticSoftmax {
-  static constexpr float kMaxSum = 1024.0f;  // P stays below 2^10, exact enough in 16 bits and far from overflow
+  static constexpr float kMaxSum = 1024.0f;     // P stays below 2^10, exact enough in 16 bits and far from overflow
   float reference[2] = {-INFINITY, -INFINITY};  // of scores * scale_log2; -inf: no visible key so far
   float sum[2] = {0.0f, 0.0f};                  // this lane's part of the sums of the tiles accepted
   float latest[2];                              // of the tile at hand
 
-  // Turns scores into probabilities relative to `reference`. False where a row of this lane has outgrown it or has none:
-  // the scores are then needed again, to `move` to.
+  // Turns scores into probabilities relative to `reference`. False where a row of this lane has outgrown it or has
+  // none: the scores are then needed again, to `move` to.
   template <int kN>
   __device__ __forceinline__ bool exponentiate(float (&s)[1][kN][4], float scale_log2) {
     const float shift[2] = {finite(reference[0]), finite(reference[1])};

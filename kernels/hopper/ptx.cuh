@@ -94,8 +94,8 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map
       : "memory");
 }
 
-// The same from shared memory, as one group of its issuer; elements outside the tensor are not written. Called by a warp;
-// one of its lanes issues.
+// The same from shared memory, as one group of its issuer; elements outside the tensor are not written. Called by a
+// warp; one of its lanes issues.
 __device__ __forceinline__ void tma_store_warp(const CUtensorMap& map, uint32_t shared, int dim, int seq, int head,
                                                int batch) {
   asm volatile(

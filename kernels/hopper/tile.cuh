@@ -95,6 +95,9 @@ constexpr bool registers_suffice(int ctas_per_sm, int consumers, int of_producer
   return 128 * (of_producer + consumers * of_consumer) <= threads * launched;
 }
 
+// Shared memory of a CTA when so many of them share an SM's 228 KB, of which the system takes 1 KB for each.
+constexpr int shared_bytes(int ctas_per_sm) { return (228 / ctas_per_sm - 1) * 1024; }
+
 // This thread's warpgroup, as a value that the compiler knows to be the same in all lanes.
 __device__ __forceinline__ int warpgroup_of_thread() {
   return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);

@@ -97,8 +97,7 @@ inline std::map<int, std::vector<std::function<void()>>> bulk_groups;
 inline void bulk_add_warp(float* global, uint32_t shared, int bytes) {
   if (emulation::thread % 32 != 0) return;
   bulk_groups[emulation::thread].push_back([=] {
-    for (int i = 0; i < bytes / 4; ++i)
-      global[i] += static_cast<const float*>(__cvta_shared_to_generic(shared))[i];
+    for (int i = 0; i < bytes / 4; ++i) global[i] += static_cast<const float*>(__cvta_shared_to_generic(shared))[i];
   });
 }
 
