@@ -57,7 +57,7 @@ struct BackwardShared {
   using ValueRing = RingBarriers<1>;
   using QueryRing = RingBarriers<kStages>;
   static constexpr int kRings = TileRing::kBytes + ValueRing::kBytes + 2 * QueryRing::kBytes + Kept::Barriers::kBytes;
-  static constexpr int kNotes = (kBarriers + 40 + kRings + 15) / 16 * 16;
+  static constexpr int kNotes = (kBarriers + 48 + kRings + 15) / 16 * 16;
   using TileNotes = Notes<2, kStages, KeyNote>;
   static constexpr int kBytes = kNotes + TileNotes::kBytes;
   static_assert(kDq % 1024 == 0 && kBytes <= shared_bytes(Config::kCtasPerSm));
@@ -73,7 +73,8 @@ struct BackwardShared {
   __device__ __forceinline__ uint32_t delta(int stage) const { return shift(kStages + stage); }
 
   __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
-  __device__ __forceinline__ uint32_t ds_full(int buffer) const { return raw() + 8 + 8 * buffer; }
+  __device__ __forceinline__ uint32_t wanted() const { return raw() + 8; }  // the loader wants the next tile's note
+  __device__ __forceinline__ uint32_t ds_full(int buffer) const { return raw() + 16 + 8 * buffer; }
   __device__ __forceinline__ uint32_t k_full(int stage) const { return ds_full(2 + stage); }
   __device__ __forceinline__ TileRing tile_ring() const { return {k_full(2)}; }
   __device__ __forceinline__ ValueRing v_ring() const { return {tile_ring().end()}; }
@@ -88,12 +89,13 @@ struct BackwardShared {
     constexpr int kNoteReaders =
         kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of tiles and queries
     ptx::mbarrier_init(raw(), 1);
+    ptx::mbarrier_init(wanted(), 1);
     for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), kReaders);
     for (int stage = 0; stage < 2; ++stage) ptx::mbarrier_init(k_full(stage), 1);
     tile_ring().init(1, kNoteReaders);
     v_ring().init(1, kReaders);
-    q_ring().init(2, kNoteReaders);  // Q; shift and delta
-    dout_ring().init(1, kReaders);
+    q_ring().init(1, kNoteReaders);
+    dout_ring().init(2, kReaders);  // dO; shift and delta
     kept().init_barriers();
     ptx::mbarrier_init_fence();
   }

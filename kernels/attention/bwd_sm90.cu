@@ -37,6 +37,8 @@ struct BackwardMaps {
 };
 
 // The list of key tiles. The first keys have most work: under a causal mask, and as the global tokens of many layouts.
+// CTAs take tickets, and late, when the last queries of a tile are sent for: what is taken early is missing elsewhere
+// in the end.
 struct Schedule {
   int key_tiles, count;
 
@@ -72,22 +74,28 @@ struct Planner {
   const Schedule& schedule;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
   Ring<2> tiles;
+  Ring<1> wanted;
+  bool first = true;
 
   // The note of one tile; false when it says that none is left.
   __device__ __forceinline__ bool operator()() {
+    if (!first) {
+      ptx::mbarrier_wait(shared.wanted(), wanted.parity);
+      wanted.advance();
+    }
+    first = false;
     for (int number; (number = take_ticket(g.ticket)) < schedule.count;) {
       const ListedWork work = schedule.work(p, number);
       const Place place = work.place;
-      const Sequence s = sequence_of(p, place.batch);
       const int k0 = place.tile * Config::kTileK;
-      if (place.tile < 0 || k0 >= s.k_len) continue;
-      const Visible visible(p, s);
-      const Tiles walk = query_tiles(p, s, visible, work.piece, k0, Config::kTileK, Config::kTileQ);
+      if (place.tile < 0 || k0 >= sequence_of(p, place.batch).k_len) continue;
       write_note(shared, tiles, [&](KeyNote& note) {
-        note.position = walk.next(0);
+        const Sequence s = sequence_of(p, place.batch);
+        note.visible = Visible(p, s);
+        note.walk = query_tiles(p, s, note.visible, work.piece, k0, Config::kTileK, Config::kTileQ);
+        note.position = note.walk.next(0);
         note.tile = place.tile, note.head = place.head, note.batch = place.batch;
-        note.slot_and_work = 2 * static_cast<int>(work.slot) + (note.position < walk.count);
-        note.visible = visible;
+        note.slot_and_work = 2 * static_cast<int>(work.slot) + (note.position < note.walk.count);
         note.q_len = static_cast<int>(s.q_len);
         note.rows = static_cast<int>(s.k_len) - k0;
         note.row = static_cast<int>(s.k_begin) + k0;
@@ -95,7 +103,6 @@ struct Planner {
         note.queries = padded_row(p, s, place.batch, place.head);
         note.dk = key_offset(g.dk, s, place.batch, place.head) + k0 * g.dk.seq;
         note.dv = key_offset(g.dv, s, place.batch, place.head) + k0 * g.dv.seq;
-        note.walk = walk;
       });
       return true;
     }
@@ -128,22 +135,23 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
       values.advance();
     }
     const Dropout dropout(p, note.batch * p.heads + note.head);
-    for (int position = note.position; position < note.walk.count; ring.advance()) {
-      const int q0 = note.walk.tile(position) * kTileQ, stage = ring.stage;
-      position = note.walk.next(position + 1);
+    const Tiles& walk = note.walk;
+    if (!note.walks() && producer.leader) ptx::mbarrier_arrive(shared.wanted());
+    for (int position = note.position; position < walk.count; ring.advance()) {
+      const int q0 = walk.tile(position) * kTileQ, stage = ring.stage;
+      position = walk.next(position + 1);
+      const bool last = position >= walk.count;
+      if (last && producer.leader) ptx::mbarrier_arrive(shared.wanted());
       shared.q_ring().await_empty(ring);
-      if (producer.leader) {
-        shared.notes().first(stage) = q0 + (position >= note.walk.count);
-        const uint32_t full = shared.q_ring().full(stage);
-        ptx::mbarrier_arrive_expect(full, 2 * 4 * kTileQ);
-        ptx::bulk_load(shared.shift(stage), g.shift + note.queries + q0, 4 * kTileQ, full);
-        ptx::bulk_load(shared.delta(stage), g.delta + note.queries + q0, 4 * kTileQ, full);
-      }
+      if (producer.leader) shared.notes().first(stage) = q0 + last;
       producer.load(shared.q(stage), maps.q, shared.q_ring().full(stage), note.query + q0, note.head, batch, 0,
                     note.q_len - q0);
       shared.dout_ring().await_empty(ring);
-      producer.load(shared.dout(stage), maps.dout, shared.dout_ring().full(stage), note.query + q0, note.head, batch, 0,
-                    note.q_len - q0);
+      const uint32_t full = shared.dout_ring().full(stage);
+      producer.load(shared.dout(stage), maps.dout, full, note.query + q0, note.head, batch, 0, note.q_len - q0);
+      ptx::mbarrier_arrive_expect_warp(full, 2 * 4 * kTileQ);
+      ptx::bulk_load_warp(shared.shift(stage), g.shift + note.queries + q0, 4 * kTileQ, full);
+      ptx::bulk_load_warp(shared.delta(stage), g.delta + note.queries + q0, 4 * kTileQ, full);
       if constexpr (Config::kDropout) drawer(dropout, note.tile, q0);
     }
   }

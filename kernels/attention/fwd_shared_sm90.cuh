@@ -51,7 +51,7 @@ struct ForwardShared {
   using TileRing = RingBarriers<kTileStages>;  // full: the note of the tile is there, its Q by q_full
   using KeyRing = RingBarriers<kStages>;
   static constexpr int kRings = TileRing::kBytes + 2 * KeyRing::kBytes + Kept::Barriers::kBytes;
-  static constexpr int kNotes = (kBarriers + 8 + 8 * kTileStages + kRings + 15) / 16 * 16;
+  static constexpr int kNotes = (kBarriers + 16 + 8 * kTileStages + kRings + 15) / 16 * 16;
   using TileNotes = Notes<kTileStages, kStages, QueryNote>;
   static constexpr int kBytes = kNotes + TileNotes::kBytes;
   static_assert(kBytes <= shared_bytes(Config::kCtasPerSm));
@@ -64,7 +64,8 @@ struct ForwardShared {
   __device__ __forceinline__ Key v(int stage) const { return k(kStages + stage); }
 
   __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return raw() + 8 + 8 * stage; }
+  __device__ __forceinline__ uint32_t wanted() const { return raw() + 8; }  // the loader wants the next tile's note
+  __device__ __forceinline__ uint32_t q_full(int stage) const { return raw() + 16 + 8 * stage; }
   __device__ __forceinline__ TileRing tile_ring() const { return {q_full(kTileStages)}; }
   __device__ __forceinline__ KeyRing k_ring() const { return {tile_ring().end()}; }
   __device__ __forceinline__ KeyRing v_ring() const { return {k_ring().end()}; }
@@ -77,6 +78,7 @@ struct ForwardShared {
     constexpr int kNoteReaders =
         kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of tiles and keys
     ptx::mbarrier_init(raw(), 1);
+    ptx::mbarrier_init(wanted(), 1);
     for (int stage = 0; stage < kTileStages; ++stage) ptx::mbarrier_init(q_full(stage), 1);
     tile_ring().init(1, kNoteReaders);
     k_ring().init(1, kNoteReaders);

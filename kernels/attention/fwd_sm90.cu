@@ -37,7 +37,8 @@ struct ForwardMaps {
 // The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where
 // the work of one CTA is much like that of every other, which under a causal mask pairs of tiles see to, and in a
 // padded batch that a CTA's tiles lie in all its sequences, each takes its share; the pieces of a layout go to whoever
-// asks next; packed sequences go through the hardware's queue, a CTA each.
+// asks next, and that is late, when the last keys of a CTA's tile are sent for: what is taken early is missing
+// elsewhere in the end. Packed sequences go through the hardware's queue, a CTA each.
 struct Schedule {
   int query_tiles, count;
   bool pairs;
@@ -96,31 +97,35 @@ struct Planner {
   const AttentionProblem& p;
   const Schedule& schedule;
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
-  int number = schedule.first();
+  int number = -1;
   Ring<Config::kTileStages> tiles;
+  Ring<1> wanted;
 
   // The note of one tile; false when it says that none is left.
   __device__ __forceinline__ bool operator()() {
-    while (number < schedule.count) {
+    if (schedule.ticket != nullptr && number >= 0) {
+      ptx::mbarrier_wait(shared.wanted(), wanted.parity);
+      wanted.advance();
+    }
+    while (true) {
+      number = number < 0 ? schedule.first() : schedule.next(number);
+      if (number >= schedule.count) break;
       const ListedWork work = schedule.work(p, number);
-      number = schedule.next(number);
       const Place place = work.place;
-      const Sequence s = sequence_of(p, place.batch);
       const int q0 = place.tile * Config::kTileQ;
-      if (place.tile < 0 || q0 >= s.q_len) continue;
-      const Visible visible(p, s);
-      const Tiles walk = key_tiles(p, visible, work.piece, q0, Config::kTileQ, Config::kTileK);
+      if (place.tile < 0 || q0 >= sequence_of(p, place.batch).q_len) continue;
       write_note(shared, tiles, [&](QueryNote& note) {
-        note.position = walk.next(0);
+        const Sequence s = sequence_of(p, place.batch);
+        note.visible = Visible(p, s);
+        note.walk = key_tiles(p, note.visible, work.piece, q0, Config::kTileQ, Config::kTileK);
+        note.position = note.walk.next(0);
         note.tile = place.tile, note.head = place.head, note.batch = place.batch;
-        note.slot_and_work = 2 * static_cast<int>(work.slot) + (note.position < walk.count);
-        note.visible = visible;
+        note.slot_and_work = 2 * static_cast<int>(work.slot) + (note.position < note.walk.count);
         note.rows = static_cast<int>(s.q_len) - q0;
         note.row = static_cast<int>(s.q_begin) + q0;
         note.key = static_cast<int>(s.k_begin);
         note.out = query_offset(p.out, s, place.batch, place.head) + q0 * p.out.seq;
         note.lse = lse_offset(p, s, place.batch, place.head) + q0;
-        note.walk = walk;
       });
       return true;
     }
@@ -144,11 +149,15 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
     producer.load(shared.q(tiles.stage), maps.q, shared.q_full(tiles.stage), note.row, note.head, batch);
     tiles.advance();
     const Dropout dropout(p, note.batch * p.heads + note.head);
-    for (int position = note.position; position < note.walk.count;) {
-      const int k0 = note.walk.tile(position) * Config::kTileK;
-      position = note.walk.next(position + 1);
+    const Tiles& walk = note.walk;
+    if (!note.walks() && producer.leader) ptx::mbarrier_arrive(shared.wanted());
+    for (int position = note.position; position < walk.count;) {
+      const int k0 = walk.tile(position) * Config::kTileK;
+      position = walk.next(position + 1);
+      const bool last = position >= walk.count;
+      if (last && producer.leader) ptx::mbarrier_arrive(shared.wanted());
       shared.k_ring().await_empty(ring);
-      if (producer.leader) shared.notes().first(ring.stage) = k0 + (position >= note.walk.count);
+      if (producer.leader) shared.notes().first(ring.stage) = k0 + last;
       producer.load(shared.k(ring.stage), maps.k, shared.k_ring().full(ring.stage), note.key + k0, note.head, batch);
       shared.v_ring().await_empty(ring);
       producer.load(shared.v(ring.stage), maps.v, shared.v_ring().full(ring.stage), note.key + k0, note.head, batch,

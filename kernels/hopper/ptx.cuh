@@ -39,6 +39,19 @@ __device__ __forceinline__ int lane_id() {
   return lane;
 }
 
+// "elect.sync": true in one lane of the warp, always the same.
+__device__ __forceinline__ bool elect_one() {
+  int leader;
+  asm volatile(
+      "{\n"
+      ".reg .pred leader;\n"
+      "elect.sync _|leader, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, leader;\n"
+      "}"
+      : "=r"(leader));
+  return leader != 0;
+}
+
 // A warp's arrivals at a barrier: one, once all its lanes are here. compute-sanitizer's racecheck orders only the lanes
 // that arrive themselves, so for it (`make sanitize`) all do.
 #ifdef FM_EVERY_LANE_ARRIVES
@@ -58,8 +71,17 @@ __device__ __forceinline__ void mbarrier_arrive_warp(uint32_t barrier) {
 }
 #endif
 
-__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+// By a warp; one of its lanes arrives and announces bytes. Here and below the lane is elected beside the instruction:
+// in the branch of a lane alone, ptxas would put a loop around every instruction that takes uniform registers.
+__device__ __forceinline__ void mbarrier_arrive_expect_warp(uint32_t barrier, int bytes) {
+  asm volatile(
+      "{\n"
+      ".reg .pred leader;\n"
+      "elect.sync _|leader, 0xffffffff;\n"
+      "@leader mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n"
+      "}" ::"r"(barrier),
+      "r"(bytes)
+      : "memory");
 }
 
 // Returns once the phase of this parity has ended.
@@ -84,12 +106,16 @@ __device__ __forceinline__ void stmatrix(uint32_t shared, const uint32_t (&r)[4]
 }
 
 // "Data Movement: cp.async.bulk.tensor". Copies the map's box at (dim, seq, head, batch) to shared memory; elements
-// outside the tensor arrive as zeros and count as bytes.
-__device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int dim, int seq,
-                                         int head, int batch) {
+// outside the tensor arrive as zeros and count as bytes. Called by a warp; one of its lanes issues.
+__device__ __forceinline__ void tma_load_warp(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int dim,
+                                              int seq, int head, int batch) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3,%4,%5}], [%6];" ::
-          "r"(shared),
+      "{\n"
+      ".reg .pred leader;\n"
+      "elect.sync _|leader, 0xffffffff;\n"
+      "@leader cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3,%4,%5}], "
+      "[%6];\n"
+      "}" ::"r"(shared),
       "l"(&map), "r"(dim), "r"(seq), "r"(head), "r"(batch), "r"(barrier)
       : "memory");
 }
@@ -109,11 +135,16 @@ __device__ __forceinline__ void tma_store_warp(const CUtensorMap& map, uint32_t 
       : "memory");
 }
 
-// "cp.async.bulk": copies `bytes`, a multiple of 16 as the addresses are.
-__device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-               "l"(global), "r"(bytes), "r"(barrier)
-               : "memory");
+// "cp.async.bulk": copies `bytes`, a multiple of 16 as the addresses are. Called by a warp; one of its lanes issues.
+__device__ __forceinline__ void bulk_load_warp(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred leader;\n"
+      "elect.sync _|leader, 0xffffffff;\n"
+      "@leader cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n"
+      "}" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 
 // "cp.reduce.async.bulk": adds `bytes` of shared memory, floats, to global memory, as one group of its issuer. Called

@@ -22,11 +22,11 @@ struct PanelTile {
 
   uint32_t base;  // shared-memory address, a multiple of 1,024
 
-  // Starts the copy of rows seq .. seq + kRows - 1, by one thread; kBytes arrive at `barrier`.
+  // Starts the copy of rows seq .. seq + kRows - 1, by a warp; kBytes arrive at `barrier`.
   __device__ __forceinline__ void load(const CUtensorMap& map, uint32_t barrier, int seq, int head, int batch) const {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel)
-      ptx::tma_load(base + panel * kPanelBytes, map, barrier, panel * kPanelDim, seq, head, batch);
+      ptx::tma_load_warp(base + panel * kPanelBytes, map, barrier, panel * kPanelDim, seq, head, batch);
   }
 
   // Writes zeros to rows [first, last), by one warp.
@@ -107,7 +107,7 @@ __device__ __forceinline__ int warpgroup_of_thread() {
 // knows, for tiles that it changes between their arrival and their use.
 struct Producer {
   uint32_t raw, raw_parity = 0;
-  bool leader = threadIdx.x % 32 == 0;
+  bool leader = ptx::elect_one();
 
   // Brings rows seq .. of a head. Those outside [first, last) of the tile become zeros: they belong to nobody or to
   // another sequence and may hold anything, and what meets a probability of 0 must not be NaN.
@@ -116,10 +116,8 @@ struct Producer {
                                        int batch, int first = 0, int last = Tile::kRows) {
     const bool blank = first > 0 || last < Tile::kRows;
     const uint32_t arrived = blank ? raw : full;
-    if (leader) {
-      ptx::mbarrier_arrive_expect(arrived, Tile::kBytes);
-      tile.load(map, arrived, seq, head, batch);
-    }
+    ptx::mbarrier_arrive_expect_warp(arrived, Tile::kBytes);
+    tile.load(map, arrived, seq, head, batch);
     if (!blank) return;
     ptx::mbarrier_wait(raw, raw_parity);
     raw_parity ^= 1;

@@ -85,6 +85,8 @@ inline void mbarrier_arrive(uint32_t address) {
 
 inline int lane_id() { return emulation::thread % 32; }
 
+inline bool elect_one() { return emulation::thread % 32 == 0; }
+
 constexpr int kWarpArrivals = 1;
 inline void mbarrier_arrive_warp(uint32_t address) {
   __syncwarp();
@@ -113,7 +115,8 @@ inline void bulk_wait_read_warp() {
   __syncwarp();
 }
 
-inline void mbarrier_arrive_expect(uint32_t address, int bytes) {
+inline void mbarrier_arrive_expect_warp(uint32_t address, int bytes) {
+  if (emulation::thread % 32 != 0) return;
   barriers.at(address).bytes += bytes;
   mbarrier_arrive(address);
 }
@@ -136,14 +139,17 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity) {
   }
 }
 
-inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
+inline void bulk_load_warp(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
+  if (emulation::thread % 32 != 0) return;
   if (shared % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0)
     throw std::runtime_error("a bulk copy is misaligned");
   std::memset(__cvta_shared_to_generic(shared), 0xFF, bytes);
   barriers.at(barrier).copies.push_back({global, shared, bytes});
 }
 
-inline void tma_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int dim, int seq, int head, int batch) {
+inline void tma_load_warp(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int dim, int seq, int head,
+                          int batch) {
+  if (emulation::thread % 32 != 0) return;
   Box box{{}, shared, {dim, seq, head, batch}};
   std::memcpy(&box.view, &map, sizeof(TensorView));
   if (shared % (16 * box.view.box_dim) != 0) throw std::runtime_error("a swizzled tile is misaligned");
