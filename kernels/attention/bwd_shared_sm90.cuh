@@ -3,8 +3,6 @@
 // What one CTA of bwd_sm90.cu holds: tiles, registers, shared memory and barriers.
 #pragma once
 
-#include "ampere/tile.cuh"
-#include "blocks.cuh"
 #include "draw.cuh"
 #include "hopper/tile.cuh"
 
@@ -24,18 +22,6 @@ struct BackwardConfig {
   static_assert(registers_suffice(kCtasPerSm, kWarpgroups, kProducerRegisters, kConsumerRegisters));
 };
 
-// What the planner tells of a tile of keys: all that loader and consumers would else have to find out of the problem
-// between two tiles.
-struct KeyNote : TileNote {
-  Visible visible;
-  int q_len, rows;  // of the sequence: queries, and keys from the tile's first one on
-  int row, query;   // the tile's first key and the sequence's first query, in the tensors
-  int position;     // the first one to walk
-  int64_t queries;  // where shift, delta and dQ of the first query lie, in rows
-  int64_t dk, dv;   // where the first row is written
-  Tiles walk;
-};
-
 //   K [2] | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | dQ of each warp
 //   [16 x kDqDim] | shift | delta [kStages][kTileQ] | bits of dropout | barriers | notes
 //
@@ -51,16 +37,12 @@ struct BackwardShared {
   static constexpr int kDq = kScores + 2 * Scores::kBytes, kWarpDqBytes = 16 * Config::kDqDim * 4;
   static constexpr int kRows = kDq + kWarps * kWarpDqBytes, kKept = kRows + 2 * kStages * kTileQ * 4;
   static constexpr int kBarriers = kKept + Kept::kBytes;
-  using Rows = PanelTile<T, 16, Config::kDim>;  // of dK or dV, as a warp writes them
-  static_assert(Rows::kBytes <= kWarpDqBytes);
-  using TileRing = RingBarriers<2>;  // full: the note of the tile is there, its K by k_full
+  using KeyRing = RingBarriers<2>;
   using ValueRing = RingBarriers<1>;
   using QueryRing = RingBarriers<kStages>;
-  static constexpr int kRings = TileRing::kBytes + ValueRing::kBytes + 2 * QueryRing::kBytes + Kept::Barriers::kBytes;
-  static constexpr int kNotes = (kBarriers + 48 + kRings + 15) / 16 * 16;
-  using TileNotes = Notes<2, kStages, KeyNote>;
-  static constexpr int kBytes = kNotes + TileNotes::kBytes;
-  static_assert(kDq % 1024 == 0 && kBytes <= shared_bytes(Config::kCtasPerSm));
+  static constexpr int kRings = KeyRing::kBytes + ValueRing::kBytes + 2 * QueryRing::kBytes + Kept::Barriers::kBytes;
+  static constexpr int kNotes = (kBarriers + 24 + kRings + 15) / 16 * 16;
+  static constexpr int kBytes = kNotes + Notes<2, kStages>::kBytes;
   uint32_t base;
 
   __device__ __forceinline__ Key k(int stage) const { return {base + stage * Key::kBytes}; }
@@ -73,29 +55,24 @@ struct BackwardShared {
   __device__ __forceinline__ uint32_t delta(int stage) const { return shift(kStages + stage); }
 
   __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
-  __device__ __forceinline__ uint32_t wanted() const { return raw() + 8; }  // the loader wants the next tile's note
-  __device__ __forceinline__ uint32_t ds_full(int buffer) const { return raw() + 16 + 8 * buffer; }
-  __device__ __forceinline__ uint32_t k_full(int stage) const { return ds_full(2 + stage); }
-  __device__ __forceinline__ TileRing tile_ring() const { return {k_full(2)}; }
-  __device__ __forceinline__ ValueRing v_ring() const { return {tile_ring().end()}; }
+  __device__ __forceinline__ uint32_t ds_full(int buffer) const { return raw() + 8 + 8 * buffer; }
+  __device__ __forceinline__ KeyRing k_ring() const { return {raw() + 24}; }
+  __device__ __forceinline__ ValueRing v_ring() const { return {k_ring().end()}; }
   __device__ __forceinline__ QueryRing q_ring() const { return {v_ring().end()}; }
   __device__ __forceinline__ QueryRing dout_ring() const { return {q_ring().end()}; }
   __device__ __forceinline__ Kept kept() const { return {base + kKept, {dout_ring().end()}}; }
 
-  __device__ __forceinline__ TileNotes notes() const { return {base + kNotes}; }
+  __device__ __forceinline__ Notes<2, kStages> notes() const { return {base + kNotes}; }
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = kWarps * ptx::kWarpArrivals;
-    constexpr int kNoteReaders =
-        kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of tiles and queries
+    constexpr int kNoteReaders = kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of K's and Q's
     ptx::mbarrier_init(raw(), 1);
-    ptx::mbarrier_init(wanted(), 1);
     for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), kReaders);
-    for (int stage = 0; stage < 2; ++stage) ptx::mbarrier_init(k_full(stage), 1);
-    tile_ring().init(1, kNoteReaders);
+    k_ring().init(1, kNoteReaders);
     v_ring().init(1, kReaders);
-    q_ring().init(1, kNoteReaders);
-    dout_ring().init(2, kReaders);  // dO; shift and delta
+    q_ring().init(2, kNoteReaders);  // Q; shift and delta
+    dout_ring().init(1, kReaders);
     kept().init_barriers();
     ptx::mbarrier_init_fence();
   }

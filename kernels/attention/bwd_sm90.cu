@@ -33,12 +33,21 @@ namespace flash_models {
 namespace {
 
 struct BackwardMaps {
-  CUtensorMap q, k, v, dout, dk, dv;
+  CUtensorMap q, k, v, dout;
+};
+
+// The keys of one tile, as producer and consumers both derive them.
+template <typename Config>
+struct KeyTile {
+  const Sequence s;
+  const int k0;
+  const Visible visible;
+
+  __device__ __forceinline__ KeyTile(const AttentionProblem& p, int tile, int batch)
+      : s(sequence_of(p, batch)), k0(tile * Config::kTileK), visible(p, s) {}
 };
 
 // The list of key tiles. The first keys have most work: under a causal mask, and as the global tokens of many layouts.
-// CTAs take tickets, and late, when the last queries of a tile are sent for: what is taken early is missing elsewhere
-// in the end.
 struct Schedule {
   int key_tiles, count;
 
@@ -66,121 +75,71 @@ struct Drawer {
   }
 };
 
-// Finds out what comes next and writes the notes of it, a tile ahead of all others.
-template <typename T, typename Config>
-struct Planner {
-  const AttentionProblem& p;
-  const AttentionGradients& g;
-  const Schedule& schedule;
-  const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
-  Ring<2> tiles;
-  Ring<1> wanted;
-  bool first = true;
-
-  // The note of one tile; false when it says that none is left.
-  __device__ __forceinline__ bool operator()() {
-    if (!first) {
-      ptx::mbarrier_wait(shared.wanted(), wanted.parity);
-      wanted.advance();
-    }
-    first = false;
-    for (int number; (number = take_ticket(g.ticket)) < schedule.count;) {
-      const ListedWork work = schedule.work(p, number);
-      const Place place = work.place;
-      const int k0 = place.tile * Config::kTileK;
-      if (place.tile < 0 || k0 >= sequence_of(p, place.batch).k_len) continue;
-      write_note(shared, tiles, [&](KeyNote& note) {
-        const Sequence s = sequence_of(p, place.batch);
-        note.visible = Visible(p, s);
-        note.walk = query_tiles(p, s, note.visible, work.piece, k0, Config::kTileK, Config::kTileQ);
-        note.position = note.walk.next(0);
-        note.tile = place.tile, note.head = place.head, note.batch = place.batch;
-        note.slot_and_work = 2 * static_cast<int>(work.slot) + (note.position < note.walk.count);
-        note.q_len = static_cast<int>(s.q_len);
-        note.rows = static_cast<int>(s.k_len) - k0;
-        note.row = static_cast<int>(s.k_begin) + k0;
-        note.query = static_cast<int>(s.q_begin);
-        note.queries = padded_row(p, s, place.batch, place.head);
-        note.dk = key_offset(g.dk, s, place.batch, place.head) + k0 * g.dk.seq;
-        note.dv = key_offset(g.dv, s, place.batch, place.head) + k0 * g.dv.seq;
-      });
-      return true;
-    }
-    write_note(shared, tiles, [](KeyNote& note) { note.end(); });
-    return false;
-  }
-};
-
 template <typename T, typename Config>
 __device__ __forceinline__ void produce(const AttentionProblem& p, const AttentionGradients& g,
-                                        const BackwardMaps& maps) {
+                                        const BackwardMaps& maps, const Schedule& schedule) {
   constexpr int kTileQ = Config::kTileQ;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
   Producer producer{shared.raw()};
   Drawer<T, Config> drawer{shared};
   Ring<Config::kStages> ring;
-  Ring<2> tiles;
+  Ring<2> keys;
   Ring<1> values;
-  while (true) {
-    shared.tile_ring().await_full(tiles);
-    const KeyNote& note = shared.notes().tile(tiles.stage);
-    if (note.last()) break;
-    const int batch = p.cu_seqlens_q != nullptr ? 0 : note.batch;  // packed: one batch
-    const int k0 = note.tile * Config::kTileK, lo = note.visible.lo - k0, hi = note.visible.hi - k0;
-    producer.load(shared.k(tiles.stage), maps.k, shared.k_full(tiles.stage), note.row, note.head, batch, lo, hi);
-    tiles.advance();
-    if (note.walks()) {
+  for (int number; (number = take_ticket(g.ticket)) < schedule.count;) {
+    const ListedWork work = schedule.work(p, number);
+    const KeyTile<Config> tile(p, work.place.tile, work.place.batch);
+    if (work.place.tile < 0 || tile.k0 >= tile.s.k_len) continue;
+    const int head = work.place.head, batch = p.cu_seqlens_q != nullptr ? 0 : work.place.batch;
+    const int q_len = static_cast<int>(tile.s.q_len), q_begin = static_cast<int>(tile.s.q_begin);
+    const int key = static_cast<int>(tile.s.k_begin) + tile.k0;
+    const int lo = tile.visible.lo - tile.k0, hi = tile.visible.hi - tile.k0;
+    const int64_t rows = padded_row(p, tile.s, work.place.batch, head);
+    const Tiles walk = query_tiles(p, tile.s, tile.visible, work.piece, tile.k0, Config::kTileK, kTileQ);
+    const Dropout dropout(p, work.place.batch * p.heads + head);
+    int position = walk.next(0);
+
+    shared.k_ring().await_empty(keys);
+    if (producer.leader)
+      shared.notes().tile(keys.stage) = {work.place.tile, head, work.place.batch,
+                                         2 * static_cast<int>(work.slot) + (position < walk.count)};
+    producer.load(shared.k(keys.stage), maps.k, shared.k_ring().full(keys.stage), key, head, batch, lo, hi);
+    keys.advance();
+    if (position < walk.count) {
       shared.v_ring().await_empty(values);
-      producer.load(shared.v(), maps.v, shared.v_ring().full(values.stage), note.row, note.head, batch, lo, hi);
+      producer.load(shared.v(), maps.v, shared.v_ring().full(values.stage), key, head, batch, lo, hi);
       values.advance();
     }
-    const Dropout dropout(p, note.batch * p.heads + note.head);
-    const Tiles& walk = note.walk;
-    if (!note.walks() && producer.leader) ptx::mbarrier_arrive(shared.wanted());
-    for (int position = note.position; position < walk.count; ring.advance()) {
+    for (; position < walk.count; ring.advance()) {
       const int q0 = walk.tile(position) * kTileQ, stage = ring.stage;
       position = walk.next(position + 1);
-      const bool last = position >= walk.count;
-      if (last && producer.leader) ptx::mbarrier_arrive(shared.wanted());
       shared.q_ring().await_empty(ring);
-      if (producer.leader) shared.notes().first(stage) = q0 + last;
-      producer.load(shared.q(stage), maps.q, shared.q_ring().full(stage), note.query + q0, note.head, batch, 0,
-                    note.q_len - q0);
-      shared.dout_ring().await_empty(ring);
-      const uint32_t full = shared.dout_ring().full(stage);
-      producer.load(shared.dout(stage), maps.dout, full, note.query + q0, note.head, batch, 0, note.q_len - q0);
+      if (producer.leader) shared.notes().first(stage) = q0 + (position >= walk.count);
+      const uint32_t full = shared.q_ring().full(stage);
       ptx::mbarrier_arrive_expect_warp(full, 2 * 4 * kTileQ);
-      ptx::bulk_load_warp(shared.shift(stage), g.shift + note.queries + q0, 4 * kTileQ, full);
-      ptx::bulk_load_warp(shared.delta(stage), g.delta + note.queries + q0, 4 * kTileQ, full);
-      if constexpr (Config::kDropout) drawer(dropout, note.tile, q0);
+      ptx::bulk_load_warp(shared.shift(stage), g.shift + rows + q0, 4 * kTileQ, full);
+      ptx::bulk_load_warp(shared.delta(stage), g.delta + rows + q0, 4 * kTileQ, full);
+      producer.load(shared.q(stage), maps.q, shared.q_ring().full(stage), q_begin + q0, head, batch, 0, q_len - q0);
+      shared.dout_ring().await_empty(ring);
+      producer.load(shared.dout(stage), maps.dout, shared.dout_ring().full(stage), q_begin + q0, head, batch, 0,
+                    q_len - q0);
+      if constexpr (Config::kDropout) drawer(dropout, work.place.tile, q0);
     }
   }
-  if (producer.leader) ptx::mbarrier_arrive(shared.k_full(tiles.stage));
+  shared.k_ring().await_empty(keys);
+  if (producer.leader) {
+    shared.notes().tile(keys.stage).end();
+    ptx::mbarrier_arrive(shared.k_ring().full(keys.stage));
+  }
 }
 
-// Warps 1 to 3 of the producer's warpgroup. The first of them plans; with dropout all draw.
 template <typename T, typename Config>
-__device__ __forceinline__ void follow(const AttentionProblem& p, const AttentionGradients& g,
-                                       const Schedule& schedule) {
+__device__ __forceinline__ void follow(const AttentionProblem& p) {
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
-  const Drawer<T, Config> drawer{shared};
-  if (threadIdx.x < 64) {
-    Planner<T, Config> plan{p, g, schedule};
-    if constexpr (Config::kDropout) {
-      plan();
-      follow_notes(p, shared.notes(), shared.tile_ring(), shared.q_ring(), drawer, plan);
-    } else {
-      while (plan()) {
-      }
-    }
-  } else if constexpr (Config::kDropout) {
-    follow_notes(p, shared.notes(), shared.tile_ring(), shared.q_ring(), drawer, [] {});
-  }
+  follow_notes(p, shared.notes(), shared.k_ring(), shared.q_ring(), Drawer<T, Config>{shared});
 }
 
 template <typename T, typename Config>
-__device__ __forceinline__ void consume(const AttentionProblem& p, const AttentionGradients& g,
-                                        const BackwardMaps& maps) {
+__device__ __forceinline__ void consume(const AttentionProblem& p, const AttentionGradients& g) {
   constexpr bool kDropout = Config::kDropout;
   constexpr int kDim = Config::kDim, kTileQ = Config::kTileQ, kDqDim = Config::kDqDim, kN = kTileQ / 8;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
@@ -195,7 +154,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
 
   float dk[1][kDim / 8][4], dv[1][kDim / 8][4];
   Ring<Config::kStages> ring;
-  Ring<2> tiles;
+  Ring<2> keys;
   Ring<1> values;
   Ring<Config::kKeptStages> drawn;
   Ring<2> written;  // dS^T of the last tile
@@ -205,7 +164,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   auto multiply_dq = [&](auto& dq, bool first) {
     if (!first) ptx::mbarrier_wait(shared.ds_full(written.stage), written.parity);
     ptx::wgmma_fence();
-    multiply_transposed<T>(dq, shared.ds(written.stage), query0, shared.k(tiles.stage), dim0);
+    multiply_transposed<T>(dq, shared.ds(written.stage), query0, shared.k(keys.stage), dim0);
     ptx::wgmma_commit();
     if (!first) written.advance();
   };
@@ -219,32 +178,14 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
                                                                                              dq[0][n][2], dq[0][n][3]};
   };
 
-  // The same way for dK and dV, rounded.
-  auto store = [&](const auto& x, float scale, const CUtensorMap& map, const View& view, int64_t offset,
-                   const KeyNote& note) {
-    const typename BackwardShared<T, Config>::Rows staged{dq_shared};
-    const float factor[1][2] = {{scale, scale}};
-    ptx::bulk_wait_read_warp();
-    store_operands<T>(staged, 0, x, factor, ptx::lane_id());  // addresses that are not kept from tile to tile
-    if (p.cu_seqlens_k == nullptr) {
-      ptx::fence_proxy_async();
-      __syncwarp();
-      staged.store_rows(map, 0, note.row + row0, note.head, note.batch);
-    } else {
-      __syncwarp();
-      staged.copy_rows(static_cast<T*>(view.data) + offset + row0 * view.seq, view.seq, 0, min(note.rows - row0, 16),
-                       static_cast<int>(p.head_dim));
-      __syncwarp();
-    }
-  };
-
   while (true) {
-    ptx::mbarrier_wait(shared.k_full(tiles.stage), tiles.parity);
-    const KeyNote& note = shared.notes().tile(tiles.stage);
+    shared.k_ring().await_full(keys);
+    const TileNote note = shared.notes().tile(keys.stage);
     if (note.last()) break;
-    const Visible visible = note.visible;
-    const int k0 = note.tile * Config::kTileK + row0, q_len = note.q_len;
-    float* dq_sum = g.dq_sum + (note.queries + query0) * kDim + (4 * dim0 / kDqDim + warp) * 16 * kDqDim;
+    const KeyTile<Config> tile(p, note.tile, note.batch);
+    const int k0 = tile.k0 + row0, q_len = static_cast<int>(tile.s.q_len);
+    float* dq_sum =
+        dq_tile(p, g.dq_sum, tile.s, note.batch, note.head, query0, kDim) + (4 * dim0 / kDqDim + warp) * 16 * kDqDim;
     auto add_dq = [&](int q0) {  // after a fence
       if (g.dq_sum != nullptr && q0 + query0 < q_len)
         ptx::bulk_add_warp(dq_sum + int64_t{q0} * kDim, dq_shared, BackwardShared<T, Config>::kWarpDqBytes);
@@ -267,7 +208,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       const int q0 = query & ~1, stage = ring.stage;
       float scores[1][kN][4], dp[1][kN][4], dq[1][kDqDim / 8][4];
       ptx::wgmma_fence();
-      multiply_rows<T>(scores, shared.k(tiles.stage), 64 * warpgroup, shared.q(stage));
+      multiply_rows<T>(scores, shared.k(keys.stage), 64 * warpgroup, shared.q(stage));
       ptx::wgmma_commit();
       multiply_dq(dq, last_q0 == q_len);
       ptx::wgmma_wait<0>();
@@ -277,7 +218,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       ptx::wgmma_fence();
       multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(stage));
       ptx::wgmma_commit();
-      if (!visible.all(q0, k0, 16) || q0 + kTileQ > q_len) mask_transposed(scores, visible, q_len, q0, k0, lane);
+      if (!tile.visible.all(q0, k0, 16) || q0 + kTileQ > q_len)
+        mask_transposed(scores, tile.visible, q_len, q0, k0, lane);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         const float2 shift = pair_of(shared.shift(stage), n);
@@ -338,16 +280,24 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       __syncwarp();
       add_dq(last_q0);
     }
-    if (note.slot() >= 0) {
+    const TileNote done = shared.notes().tile(keys.stage);  // read again, so that it need not be kept
+    const Sequence s = sequence_of(p, done.batch);
+    shared.k_ring().release(keys);
+
+    if (done.slot() >= 0) {
       const float one[2] = {1.0f, 1.0f};
-      float* partial = partial_of_warp(p, note.slot(), row0, partial_dkv_floats(kDim));
+      float* partial = partial_of_warp(p, done.slot(), row0, partial_dkv_floats(kDim));
       store_partial(dk, one, partial, lane.id);
       store_partial(dv, one, partial + 16 * kDim, lane.id);
-    } else {
-      store(dv, kDropout ? p.keep_scale : 1.0f, maps.dv, g.dv, note.dv, note);
-      store(dk, p.scale, maps.dk, g.dk, note.dk, note);
+      continue;
     }
-    shared.tile_ring().release(tiles);
+    const float dv_factor[1][2] = {{kDropout ? p.keep_scale : 1.0f, kDropout ? p.keep_scale : 1.0f}};
+    const float dk_factor[1][2] = {{p.scale, p.scale}};
+    const int rows = static_cast<int>(s.k_len) - k0, dims = static_cast<int>(p.head_dim);
+    T* dk_out = static_cast<T*>(g.dk.data) + key_offset(g.dk, s, done.batch, done.head) + k0 * g.dk.seq;
+    T* dv_out = static_cast<T*>(g.dv.data) + key_offset(g.dv, s, done.batch, done.head) + k0 * g.dv.seq;
+    store_fragments<T>(dk, dk_factor, dk_out, g.dk.seq, rows, dims, lane);
+    store_fragments<T>(dv, dv_factor, dv_out, g.dv.seq, rows, dims, lane);
   }
   ptx::bulk_wait_read_warp();
 }
@@ -363,12 +313,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   if (threadIdx.x < 128) {
     ptx::lower_registers<Config::kProducerRegisters>();
     if (threadIdx.x < 32)
-      produce<T, Config>(p, g, maps);
-    else
-      follow<T, Config>(p, g, schedule);
+      produce<T, Config>(p, g, maps, schedule);
+    else if constexpr (Config::kDropout)
+      follow<T, Config>(p);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
-    consume<T, Config>(p, g, maps);
+    consume<T, Config>(p, g);
   }
 }
 
@@ -376,8 +326,7 @@ template <typename T, typename Config>
 void launch_backward(const AttentionProblem& p, const AttentionGradients& g) {
   using Shared = BackwardShared<T, Config>;
   const BackwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
-                          key_map<typename Shared::Key>(p, p.v),     query_map<typename Shared::Query>(p, g.dout),
-                          key_map<typename Shared::Rows>(p, g.dk),   key_map<typename Shared::Rows>(p, g.dv)};
+                          key_map<typename Shared::Key>(p, p.v), query_map<typename Shared::Query>(p, g.dout)};
   const int key_tiles = static_cast<int>(ceil_div(p.seqlen_k, Config::kTileK));
   const int64_t count = p.columns.start != nullptr ? ListedWork::count(p, p.columns, p.column_items.count)
                                                    : key_tiles * p.heads * p.batch;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Who draws for dropout on Hopper: the four warps of the producer's warpgroup, one on each scheduler of the SM. The
-// loader draws its share when it has sent for a tile; the three others follow the notes as the consumers do. They
+// producer draws its share when it has sent for a tile; the three others follow the notes as the consumers do. They
 // decide a tile ahead what is kept and hand it over through shared memory, a bit an element. So a consumer's chain of
 // products and exponentials is hardly longer than without dropout.
 #pragma once
@@ -13,7 +13,7 @@
 
 namespace flash_models {
 
-constexpr int kDrawers = 4, kFollowers = kDrawers - 1;  // all but the loader follow its notes
+constexpr int kDrawers = 4, kFollowers = kDrawers - 1;  // all but the producer follow the notes
 
 // The bits in shared memory: kWords words a lane for each of kGroups groups of rows, in kStages stages; kReaders
 // consumer warps read them.
@@ -60,12 +60,12 @@ struct KeptBits {
 };
 
 // The notes from first to last, by a follower: `visit(dropout, tile, first)` with the draws of the head, the number of
-// the tile and the first token of what passes by, plus 1 at the last; `done()` after each tile. The rings are those of
-// the tiles and of what passes by.
-template <int kTiles, int kStages, typename Note, typename Visit, typename Done>
+// the tile and the first token of what passes by, plus 1 at the last. The rings are those of the tiles and of what
+// passes by.
+template <int kTiles, int kStages, typename Note, typename Visit>
 __device__ __forceinline__ void follow_notes(const AttentionProblem& p, const Notes<kTiles, kStages, Note>& notes,
                                              const RingBarriers<kTiles>& tile_ring,
-                                             const RingBarriers<kStages>& step_ring, Visit visit, Done done) {
+                                             const RingBarriers<kStages>& step_ring, Visit visit) {
   Ring<kTiles> tiles;
   Ring<kStages> steps;
   while (true) {
@@ -81,7 +81,6 @@ __device__ __forceinline__ void follow_notes(const AttentionProblem& p, const No
       more = first % 2 == 0;
       visit(dropout, note.tile, first);
     }
-    done();
   }
 }
 

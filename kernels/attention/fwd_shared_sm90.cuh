@@ -26,8 +26,8 @@ struct ForwardConfig {
   static_assert(registers_suffice(kCtasPerSm, kWarpgroups, kProducerRegisters, kConsumerRegisters));
 };
 
-// What the planner tells of a tile of queries: all that loader and consumers would else have to find out of the problem
-// between two tiles.
+// What the planner tells of a tile of queries: all that producer and consumers would else have to find out of the
+// problem between two tiles.
 struct QueryNote : TileNote {
   Visible visible;
   int rows;          // of the sequence, from the tile's first one on
@@ -64,7 +64,7 @@ struct ForwardShared {
   __device__ __forceinline__ Key v(int stage) const { return k(kStages + stage); }
 
   __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
-  __device__ __forceinline__ uint32_t wanted() const { return raw() + 8; }  // the loader wants the next tile's note
+  __device__ __forceinline__ uint32_t wanted() const { return raw() + 8; }  // the producer will soon want the next note
   __device__ __forceinline__ uint32_t q_full(int stage) const { return raw() + 16 + 8 * stage; }
   __device__ __forceinline__ TileRing tile_ring() const { return {q_full(kTileStages)}; }
   __device__ __forceinline__ KeyRing k_ring() const { return {tile_ring().end()}; }

@@ -3,9 +3,9 @@
 // Forward pass for Hopper (sm_90a): FlashAttention (arXiv 2205.14135, Algorithm 1) on wgmma and the copy engine, with
 // the warp specialisation and the two overlaps of FlashAttention-3 (arXiv 2407.08608, Sections 3.1 and 3.2).
 //
-// A CTA owns a tile of 64 * kWarpgroups queries of one head at a time. One warp is the producer: it keeps the rings of
-// K and V tiles full; with dropout its warpgroup draws (draw.cuh). Each of kWarpgroups consumers owns 64 rows and all
-// keys:
+// A CTA owns a tile of 64 * kWarpgroups queries of one head at a time. One warp is the planner: it finds out which tile
+// comes next and leaves a note of it. One is the producer: it brings Q and keeps the rings of K and V tiles full; with
+// dropout it plans too, and its warpgroup draws (draw.cuh). Each of kWarpgroups consumers owns 64 rows and all keys:
 //
 //   consumer 1   S1 = Q K1^T, O += P0 V0 | softmax S1             | S2 = Q K2^T, O += P1 V1 | softmax S2 ...
 //   consumer 2   softmax S0              | S1 = Q K1^T, O += P0 V0 | softmax S1             | S2 = ...
@@ -16,8 +16,9 @@
 //   registers       scores 64 x kTileK, output 64 x kDim, fp32, and probabilities 64 x kTileK, 16 bits, per warpgroup
 //   barriers        full: the copy engine has written a tile. empty: every warp that reads it has.
 //
-// The producer alone walks: it tells the consumers with Q which rows these are, and with every K where it begins. The
-// first S of a tile is issued with the last P V of the one before.
+// A consumer divides nothing and reads no lists: the note tells which rows these are and where they are written, the
+// producer with every K where it begins. The first S of a tile is issued with the last P V of the one before, whose O
+// then leaves from Q's place by the copy engine.
 #include <algorithm>
 
 #include "dispatch.cuh"
@@ -37,8 +38,8 @@ struct ForwardMaps {
 // The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where
 // the work of one CTA is much like that of every other, which under a causal mask pairs of tiles see to, and in a
 // padded batch that a CTA's tiles lie in all its sequences, each takes its share; the pieces of a layout go to whoever
-// asks next, and that is late, when the last keys of a CTA's tile are sent for: what is taken early is missing
-// elsewhere in the end. Packed sequences go through the hardware's queue, a CTA each.
+// asks next, and that is late, when the last keys of a CTA's tile are sent for: what one takes early the others lack in
+// the end. Packed sequences go through the hardware's queue, a CTA each.
 struct Schedule {
   int query_tiles, count;
   bool pairs;
@@ -114,7 +115,7 @@ struct Planner {
       const Place place = work.place;
       const int q0 = place.tile * Config::kTileQ;
       if (place.tile < 0 || q0 >= sequence_of(p, place.batch).q_len) continue;
-      write_note(shared, tiles, [&](QueryNote& note) {
+      write([&](QueryNote& note) {
         const Sequence s = sequence_of(p, place.batch);
         note.visible = Visible(p, s);
         note.walk = key_tiles(p, note.visible, work.piece, q0, Config::kTileQ, Config::kTileK);
@@ -129,19 +130,31 @@ struct Planner {
       });
       return true;
     }
-    write_note(shared, tiles, [](QueryNote& note) { note.end(); });
+    write([](QueryNote& note) { note.end(); });
     return false;
+  }
+
+  template <typename Fill>
+  __device__ __forceinline__ void write(Fill fill) {
+    shared.tile_ring().await_empty(tiles);
+    if (threadIdx.x % 32 == 0) {
+      fill(shared.notes().tile(tiles.stage));
+      ptx::mbarrier_arrive(shared.tile_ring().full(tiles.stage));
+    }
+    tiles.advance();
   }
 };
 
 template <typename T, typename Config>
-__device__ __forceinline__ void produce(const AttentionProblem& p, const ForwardMaps& maps) {
+__device__ __forceinline__ void produce(const AttentionProblem& p, const ForwardMaps& maps, const Schedule& schedule) {
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   Producer producer{shared.raw()};
   Drawer<T, Config> drawer{shared};
+  Planner<T, Config> plan{p, schedule};  // for dropout, when the other warps have enough to do
   Ring<Config::kTileStages> tiles;
   Ring<Config::kStages> ring;
   while (true) {
+    if constexpr (Config::kDropout) plan();
     shared.tile_ring().await_full(tiles);
     const QueryNote& note = shared.notes().tile(tiles.stage);
     if (note.last()) break;
@@ -169,23 +182,10 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
   if (producer.leader) ptx::mbarrier_arrive(shared.q_full(tiles.stage));
 }
 
-// Warps 1 to 3 of the producer's warpgroup. The first of them plans; with dropout all draw.
 template <typename T, typename Config>
-__device__ __forceinline__ void follow(const AttentionProblem& p, const Schedule& schedule) {
+__device__ __forceinline__ void follow(const AttentionProblem& p) {
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
-  const Drawer<T, Config> drawer{shared};
-  if (threadIdx.x < 64) {
-    Planner<T, Config> plan{p, schedule};
-    if constexpr (Config::kDropout) {
-      plan();
-      follow_notes(p, shared.notes(), shared.tile_ring(), shared.k_ring(), drawer, plan);
-    } else {
-      while (plan()) {
-      }
-    }
-  } else if constexpr (Config::kDropout) {
-    follow_notes(p, shared.notes(), shared.tile_ring(), shared.k_ring(), drawer, [] {});
-  }
+  follow_notes(p, shared.notes(), shared.tile_ring(), shared.k_ring(), Drawer<T, Config>{shared});
 }
 
 template <typename T, typename Config>
@@ -235,9 +235,12 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     auto mask = [&](int k0) {
       if (!visible.all(q0, k0, kTileK)) mask_scores(scores, visible, q0, k0, lane);
     };
-    auto round = [&] {
+    auto exponentiate = [&] {
+      for (bool moved = false; !softmax.template exponentiate<T>(scores, probabilities) && !moved; moved = true) {
+        softmax.move(scores, factor);
+        rescale(out, factor);
+      }
       softmax.accept();
-      pack_operands<T>(probabilities, scores);
       if constexpr (kDropout) keep.drop(probabilities);
     };
     auto release_finished = [&] {
@@ -251,13 +254,13 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
 
     if (note.walks()) {
       int k0 = shared.notes().first(keys.stage);
+      shared.k_ring().release(keys);
       take_keep();
       mask(k0 & ~1);
-      softmax.move(scores, factor, scale_log2);  // out is 0
+      softmax.start(scores, scale_log2);
+      softmax.relate(scores, scale_log2);
       release_finished();
-      softmax.exponentiate(scores, scale_log2);
-      round();
-      shared.k_ring().release(keys);
+      exponentiate();
       while (k0 % 2 == 0) {  // not the last
         shared.k_ring().await_full(keys);
         shared.v_ring().await_full(values);
@@ -269,22 +272,12 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
         k0 = shared.notes().first(keys.stage);
         take_keep();
         ptx::wgmma_wait<1>();
+        shared.k_ring().release(keys);
         mask(k0 & ~1);
-        const bool held = softmax.exponentiate(scores, scale_log2);
-        const bool again = ptx::named_barrier_any(4 + warpgroup, 128, !held);
+        softmax.relate(scores, scale_log2);
         ptx::wgmma_wait<0>();
         shared.v_ring().release(values);
-        if (again) {
-          ptx::wgmma_fence();
-          multiply_qk();
-          ptx::wgmma_wait<0>();
-          mask(k0 & ~1);
-          softmax.move(scores, factor, scale_log2);
-          rescale(out, factor);
-          softmax.exponentiate(scores, scale_log2);
-        }
-        shared.k_ring().release(keys);
-        round();
+        exponentiate();
       }
       shared.v_ring().await_full(values);
     } else {
@@ -338,10 +331,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   __syncthreads();
   if (threadIdx.x < 128) {
     ptx::lower_registers<Config::kProducerRegisters>();
-    if (threadIdx.x < 32)
-      produce<T, Config>(p, maps);
-    else
-      follow<T, Config>(p, schedule);
+    if (threadIdx.x < 32) {
+      produce<T, Config>(p, maps, schedule);
+    } else if constexpr (Config::kDropout) {
+      follow<T, Config>(p);
+    } else if (threadIdx.x < 64) {
+      for (Planner<T, Config> plan{p, schedule}; plan();) {
+      }
+    }
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
     consume<T, Config>(p, maps);

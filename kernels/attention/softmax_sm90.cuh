@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Online softmax (see softmax.cuh) without a search for the maximum. The probabilities of a tile are computed against
-// the reference point of the tiles before, in the registers of the scores; their sums, needed anyway, then tell whether
-// a row has outgrown it. That is rare after a row's first tile. The tile's product is then computed again, the maximum
-// found, and what was accumulated rescaled.
+// the reference point of the tiles before; their sums, needed anyway, then tell whether a row has outgrown it. That is
+// rare after a row's first tile: the maximum is then found, and what was accumulated rescaled.
 #pragma once
 
 #include "ampere/tile.cuh"
@@ -18,20 +17,35 @@ struct OptimisticSoftmax {
   float sum[2] = {0.0f, 0.0f};                  // this lane's part of the sums of the tiles accepted
   float latest[2];                              // of the tile at hand
 
-  // Turns scores into probabilities relative to `reference`. False where a row of this lane has outgrown it or has
-  // none: the scores are then needed again, to `move` to.
+  // The reference point of a row's first tile: its largest score.
   template <int kN>
-  __device__ __forceinline__ bool exponentiate(float (&s)[1][kN][4], float scale_log2) {
+  __device__ __forceinline__ void start(const float (&s)[1][kN][4], float scale_log2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) reference[half] = top(s, half) * scale_log2;
+  }
+
+  // Turns scores into their logarithms to base 2 relative to `reference`.
+  template <int kN>
+  __device__ __forceinline__ void relate(float (&s)[1][kN][4], float scale_log2) const {
     const float shift[2] = {finite(reference[0]), finite(reference[1])};
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[0][n][i] = fmaf(s[0][n][i], scale_log2, -shift[i / 2]);
+  }
+
+  // The probabilities of related scores, rounded to the A operands of the products that follow. False where a row of
+  // the warp has outgrown `reference` or has none: `move` it and try again, once.
+  template <typename T, int kN>
+  __device__ __forceinline__ bool exponentiate(const float (&s)[1][kN][4], uint32_t (&a)[kN / 2][4]) {
     float total[2][2] = {};
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float* x = s[0][n] + 2 * half;
-        x[0] = ptx::exp2_approx(fmaf(x[0], scale_log2, -shift[half]));
-        x[1] = ptx::exp2_approx(fmaf(x[1], scale_log2, -shift[half]));
-        total[half][n % 2] += x[0] + x[1];
+        const float x = ptx::exp2_approx(s[0][n][2 * half]), y = ptx::exp2_approx(s[0][n][2 * half + 1]);
+        total[half][n % 2] += x + y;
+        a[n / 2][2 * (n % 2) + half] = pack<T>(x, y);
       }
     }
     bool held = true;
@@ -40,22 +54,21 @@ struct OptimisticSoftmax {
       latest[half] = total[half][0] + total[half][1];
       held = held && latest[half] <= kMaxSum && reference[half] != -INFINITY;
     }
-    return held;
+    return !__any_sync(~0u, !held);
   }
 
   __device__ __forceinline__ void accept() { sum[0] += latest[0], sum[1] += latest[1]; }
 
-  // Moves `reference` to the largest score so far. What was accumulated is then to be multiplied by `factor`.
+  // Moves `reference`, and the related scores with it, to the largest score so far. What was accumulated is then to be
+  // multiplied by `factor`.
   template <int kN>
-  __device__ __forceinline__ void move(const float (&s)[1][kN][4], float (&factor)[1][2], float scale_log2) {
+  __device__ __forceinline__ void move(float (&s)[1][kN][4], float (&factor)[1][2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float top = s[0][0][2 * half];
+      const float next = fmaxf(reference[half], top(s, half) + finite(reference[half]));
+      const float distance = finite(next) - finite(reference[half]);
 #pragma unroll
-      for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[0][n][2 * half], s[0][n][2 * half + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      const float next = fmaxf(reference[half], top * scale_log2);
+      for (int n = 0; n < kN; ++n) s[0][n][2 * half] -= distance, s[0][n][2 * half + 1] -= distance;
       factor[0][half] = ptx::exp2_approx(reference[half] - finite(next));
       reference[half] = next;
       sum[half] *= factor[0][half];
@@ -78,6 +91,15 @@ struct OptimisticSoftmax {
   }
 
  private:
+  template <int kN>
+  static __device__ __forceinline__ float top(const float (&s)[1][kN][4], int half) {
+    float x = s[0][0][2 * half];
+#pragma unroll
+    for (int n = 0; n < kN; ++n) x = fmaxf(x, fmaxf(s[0][n][2 * half], s[0][n][2 * half + 1]));
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+  }
+
   // Subtracting 0 where there is no reference leaves exp2(-inf) = 0 and no NaN.
   static __device__ __forceinline__ float finite(float reference) { return reference == -INFINITY ? 0.0f : reference; }
 };

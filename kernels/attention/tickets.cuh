@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How the CTAs of a Hopper kernel share work items: one warp, the planner, takes the next number and tells the others
-// of its CTA, through shared memory, which tile of which head it is.
+// How the CTAs of a Hopper kernel share work items: one warp takes the next number and tells the others of its CTA,
+// through shared memory, which tile of which head it is.
 #pragma once
 
 #include <cstdint>
-
-#include "ring.cuh"
 
 namespace flash_models {
 
@@ -39,16 +37,5 @@ struct Notes {
   }
   __device__ __forceinline__ int& first(int stage) const { return reinterpret_cast<int*>(&tile(kTiles))[stage]; }
 };
-
-// By the planner: the note of the next tile, once the readers of the tile that had its place before are done with it.
-template <typename Shared, int kTiles, typename Fill>
-__device__ __forceinline__ void write_note(const Shared& shared, Ring<kTiles>& tiles, Fill fill) {
-  shared.tile_ring().await_empty(tiles);
-  if (threadIdx.x % 32 == 0) {
-    fill(shared.notes().tile(tiles.stage));
-    ptx::mbarrier_arrive(shared.tile_ring().full(tiles.stage));
-  }
-  tiles.advance();
-}
 
 }  // namespace flash_models
