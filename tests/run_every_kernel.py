@@ -4,7 +4,7 @@
     compute-sanitizer --tool memcheck  python tests/run_every_kernel.py
     compute-sanitizer --tool racecheck python tests/run_every_kernel.py
 
-Lengths are odd and sequences packed, so that every edge of a tile is met; the last line counts the calls.
+Lengths are odd, sequences packed and not, so that every edge of a tile is met; the last line counts the calls.
 
     python tests/run_every_kernel.py --repeat 10000
 
@@ -25,11 +25,11 @@ from flash_models.layouts import local_global
 DTYPES = torch.bfloat16, torch.float16
 
 
-def training_case(head_dim, dtype, dropout_p, block_size, deterministic, times=1):
-    """A function that calls forward and backward on three packed sequences, one empty, and returns their results."""
-    offsets = times * torch.tensor([0, 70, 70, 199], dtype=torch.int32, device="cuda")
+def training_case(head_dim, dtype, dropout_p, block_size, deterministic, packed, times=1):
+    """A function that calls forward and backward, of three packed sequences, one empty, or two, and returns results."""
+    offsets = times * torch.tensor([0, 70, 70, 199], dtype=torch.int32, device="cuda") if packed else None
     longest = times * 129
-    shape = int(offsets[-1]), 2, head_dim
+    shape = (int(offsets[-1]), 2, head_dim) if packed else (2, longest, 2, head_dim)
     q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     dout = torch.randn(shape, device="cuda", dtype=dtype)
     layout = local_global(longest, 32, 64, block_size=block_size, device="cuda") if block_size else None
@@ -38,7 +38,8 @@ def training_case(head_dim, dtype, dropout_p, block_size, deterministic, times=1
         torch.manual_seed(0)
         out = flash_models.attention(
             q, k, v, causal=block_size == 64, dropout_p=dropout_p, cu_seqlens_q=offsets, cu_seqlens_k=offsets,
-            max_seqlen_q=longest, max_seqlen_k=longest, layout=layout, deterministic=deterministic,
+            max_seqlen_q=longest if packed else None, max_seqlen_k=longest if packed else None, layout=layout,
+            deterministic=deterministic,
         )  # fmt: skip
         return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
@@ -67,7 +68,7 @@ def sublayer_case(columns, dtype, approximate, post_norm):
 
 
 def run_all():
-    training = itertools.product((32, 64, 96, 128), DTYPES, (0.0, 0.1), (None, 64, 128), (False, True))
+    training = itertools.product((32, 64, 96, 128), DTYPES, (0.0, 0.1), (None, 64, 128), (False, True), (True, False))
     decoding = itertools.product((32, 64, 80, 128), DTYPES, (1, 3), (70, 1100))
     sublayers = itertools.product((64, 2056, 4104), (torch.float32, *DTYPES), ("none", "tanh"), (False, True))
     kinds = (training_case, training), (decoding_case, decoding), (sublayer_case, sublayers)
@@ -79,7 +80,7 @@ def run_all():
 
 
 def repeat_all(times):
-    training = itertools.product((64, 128), DTYPES[:1], (0.0, 0.1), (None, 64, 128), (True,))
+    training = itertools.product((64, 128), DTYPES[:1], (0.0, 0.1), (None, 64, 128), (True,), (True, False))
     decoding = itertools.product((64, 128), DTYPES[:1], (1, 3), (1100,))
     cases = [(training_case, (*case, 7)) for case in training] + [(decoding_case, case) for case in decoding]
     failed = 0

@@ -4,10 +4,9 @@
 // on accumulator fragments. Scores stay unscaled; the scale enters as scale * log2(e) inside one multiply-add of exp2.
 //
 // The running maximum may lag: any reference point gives the same quotient, so it moves only once scores have outgrown
-// it by far (P then stays below 2^8 or 2^10, exact enough in 16 bits and far from overflow). After a row's first tile
-// that is rare, and a warp in which no row moves skips the rescaling of its output. The Hopper kernel goes one step
-// further: it does not even look for the maximum, as the sum of the probabilities, needed anyway, tells when one has
-// outgrown.
+// it by far (P then stays below 2^8, exact enough in 16 bits and far from overflow). After a row's first tile that is
+// rare, and a warp in which no row moves skips the rescaling of its output. The Hopper kernel goes one step further
+// (softmax_sm90.cuh).
 #pragma once
 
 #include "ampere/tile.cuh"
@@ -56,10 +55,9 @@ __device__ __forceinline__ void mask_transposed(float (&s)[1][kN][4], const Visi
 // State of the rows a lane shares with the other three lanes of its quad: kM fragments of two rows each.
 template <int kM>
 struct OnlineSoftmax {
-  static constexpr float kMaxGrowthLog2 = 8.0f, kMaxSum = 1024.0f;
+  static constexpr float kMaxGrowthLog2 = 8.0f;
   float max[kM][2];  // reference point of the unscaled scores
   float sum[kM][2];  // this lane's part of the running sum of exp2((s - max) * scale_log2)
-  bool moved = false;
 
   __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
@@ -83,15 +81,6 @@ struct OnlineSoftmax {
     return true;
   }
 
-  // Moves `max` to the largest score so far. What was accumulated is then to be multiplied by `factor`.
-  template <int kN>
-  __device__ __forceinline__ void move(const float (&s)[kM][kN][4], float (&factor)[kM][2], float scale_log2) {
-    float top[kM][2];
-    find_tops(s, top);
-    move_to(top, factor, scale_log2);
-    moved = true;
-  }
-
   // Turns scores into probabilities relative to `max`.
   template <int kN>
   __device__ __forceinline__ void exponentiate(float (&s)[kM][kN][4], float scale_log2) {
@@ -112,35 +101,6 @@ struct OnlineSoftmax {
         sum[m][half] += total;
       }
     }
-  }
-
-  // Rounds the probabilities of scores relative to `max` to the A operands of the products that follow. Returns false
-  // where a row of the warp has outgrown `max`, or has none yet: `move` it and try again.
-  template <typename T, int kN>
-  __device__ __forceinline__ bool exponentiate(const float (&s)[1][kN][4], uint32_t (&a)[kN / 2][4], float scale_log2) {
-    const float shift[2] = {finite_shift(max[0][0], scale_log2), finite_shift(max[0][1], scale_log2)};
-    float total[2][2] = {};
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float x = ptx::exp2_approx(fmaf(s[0][n][2 * half], scale_log2, -shift[half]));
-        const float y = ptx::exp2_approx(fmaf(s[0][n][2 * half + 1], scale_log2, -shift[half]));
-        total[half][n % 2] += x + y;
-        a[n / 2][2 * (n % 2) + half] = pack<T>(x, y);
-      }
-    }
-    bool outgrown = false;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      total[half][0] += total[half][1];
-      outgrown = outgrown || total[half][0] > kMaxSum || max[0][half] == -INFINITY;
-    }
-    if (!moved && __any_sync(~0u, outgrown)) return false;
-    moved = false;
-    sum[0][0] += total[0][0];
-    sum[0][1] += total[1][0];
-    return true;
   }
 
   // Adds up the quad. Afterwards factor[m][half] normalises a row of the output, 0 for a row without a visible key.

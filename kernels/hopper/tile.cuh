@@ -148,16 +148,6 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[1][kN][4], cons
     ptx::wgmma<T, true, true>(acc, a.by_columns(k, acol0), b.by_columns(k, bcol0), k > 0);
 }
 
-// Rounds an accumulator to the A operands of the products that it enters next, 16 columns each.
-template <typename T, int kN>
-__device__ __forceinline__ void pack_operands(uint32_t (&a)[kN / 2][4], const float (&x)[1][kN][4]) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      a[n / 2][2 * (n % 2) + half] = pack<T>(x[0][n][2 * half], x[0][n][2 * half + 1]);
-}
-
 // acc (+)= A * B, A in registers, B: all of `b`. Issues the products of one group.
 template <typename T, typename TileB>
 __device__ __forceinline__ void multiply_columns(float (&acc)[1][TileB::kDim / 8][4],
