@@ -56,7 +56,9 @@ sanitize: $(READY)
 	$(WITH_TOOLS) cmake --build build/sanitize
 	mkdir -p build/sanitized && cp -r flash_models build/sanitized/ && $(WITH_TOOLS) cmake --install build/sanitize --prefix build/sanitized --strip
 	$(SANITIZE) --tool memcheck $(lastword $(PY)) tests/run_every_kernel.py
-	$(SANITIZE) --tool racecheck $(lastword $(PY)) tests/run_every_kernel.py
+	-$(SANITIZE) --tool racecheck $(lastword $(PY)) tests/run_every_kernel.py > build/racecheck.log 2>&1
+	@grep -E "^[0-9]+ calls" build/racecheck.log  # it came to its end
+	@! grep "access at .*flash_models" build/racecheck.log  # cuBLAS's kernels race too, by its rules; told to skip them it crashes
 
 lint: $(READY)
 	$(WITH_TOOLS) pre-commit run --all-files
