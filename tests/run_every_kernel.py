@@ -32,14 +32,14 @@ def training_case(head_dim, dtype, dropout_p, block_size, deterministic, packed,
     shape = (int(offsets[-1]), 2, head_dim) if packed else (2, longest, 2, head_dim)
     q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     dout = torch.randn(shape, device="cuda", dtype=dtype)
+    max_seqlen = longest if packed else None
     layout = local_global(longest, 32, 64, block_size=block_size, device="cuda") if block_size else None
 
     def call():
         torch.manual_seed(0)
         out = flash_models.attention(
             q, k, v, causal=block_size == 64, dropout_p=dropout_p, cu_seqlens_q=offsets, cu_seqlens_k=offsets,
-            max_seqlen_q=longest if packed else None, max_seqlen_k=longest if packed else None, layout=layout,
-            deterministic=deterministic,
+            max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, layout=layout, deterministic=deterministic,
         )  # fmt: skip
         return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 

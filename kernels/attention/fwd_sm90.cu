@@ -25,7 +25,6 @@
 #include "fwd_shared_sm90.cuh"
 #include "maps.h"
 #include "partial.cuh"
-#include "softmax.cuh"
 #include "softmax_sm90.cuh"
 
 namespace flash_models {
@@ -113,10 +112,10 @@ struct Planner {
       if (number >= schedule.count) break;
       const ListedWork work = schedule.work(p, number);
       const Place place = work.place;
+      const Sequence s = sequence_of(p, place.batch);
       const int q0 = place.tile * Config::kTileQ;
-      if (place.tile < 0 || q0 >= sequence_of(p, place.batch).q_len) continue;
+      if (place.tile < 0 || q0 >= s.q_len) continue;
       write([&](QueryNote& note) {
-        const Sequence s = sequence_of(p, place.batch);
         note.visible = Visible(p, s);
         note.walk = key_tiles(p, note.visible, work.piece, q0, Config::kTileQ, Config::kTileK);
         note.position = note.walk.next(0);

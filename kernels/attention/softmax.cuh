@@ -52,6 +52,21 @@ __device__ __forceinline__ void mask_transposed(float (&s)[1][kN][4], const Visi
   }
 }
 
+// Over the four lanes that hold a row: its largest score, and the sum of what each has.
+template <int kN>
+__device__ __forceinline__ float row_top(const float (&s)[kN][4], int half) {
+  float x = s[0][2 * half];
+#pragma unroll
+  for (int n = 0; n < kN; ++n) x = fmaxf(x, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
 // State of the rows a lane shares with the other three lanes of its quad: kM fragments of two rows each.
 template <int kM>
 struct OnlineSoftmax {
@@ -69,15 +84,26 @@ struct OnlineSoftmax {
   template <int kN>
   __device__ __forceinline__ bool advance(const float (&s)[kM][kN][4], float (&factor)[kM][2], float scale_log2) {
     float top[kM][2];
-    find_tops(s, top);
     bool outgrown = false;
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half)  // false for -inf - -inf
-        outgrown = outgrown || (top[m][half] - max[m][half]) * scale_log2 > kMaxGrowthLog2;
+      for (int half = 0; half < 2; ++half) {
+        top[m][half] = row_top(s[m], half);
+        outgrown = outgrown || (top[m][half] - max[m][half]) * scale_log2 > kMaxGrowthLog2;  // false for -inf - -inf
+      }
+    }
     if (!__any_sync(~0u, outgrown)) return false;
-    move_to(top, factor, scale_log2);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float next = fmaxf(max[m][half], top[m][half]);
+        factor[m][half] = ptx::exp2_approx(max[m][half] * scale_log2 - finite_shift(next, scale_log2));
+        max[m][half] = next;
+        sum[m][half] *= factor[m][half];
+      }
+    }
     return true;
   }
 
@@ -109,8 +135,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sum[m][half] += __shfl_xor_sync(~0u, sum[m][half], 1);
-        sum[m][half] += __shfl_xor_sync(~0u, sum[m][half], 2);
+        sum[m][half] = quad_sum(sum[m][half]);
         factor[m][half] = sum[m][half] == 0.0f ? 0.0f : keep_scale / sum[m][half];
       }
     }
@@ -121,34 +146,6 @@ struct OnlineSoftmax {
   }
 
  private:
-  template <int kN>
-  static __device__ __forceinline__ void find_tops(const float (&s)[kM][kN][4], float (&top)[kM][2]) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float x = s[m][0][2 * half];
-#pragma unroll
-        for (int n = 0; n < kN; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-        x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-        top[m][half] = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-      }
-    }
-  }
-
-  __device__ __forceinline__ void move_to(const float (&top)[kM][2], float (&factor)[kM][2], float scale_log2) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float next = fmaxf(max[m][half], top[m][half]);
-        factor[m][half] = ptx::exp2_approx(max[m][half] * scale_log2 - finite_shift(next, scale_log2));
-        max[m][half] = next;
-        sum[m][half] *= factor[m][half];
-      }
-    }
-  }
-
   // A row without a visible key so far keeps max = -inf; subtracting 0 instead leaves exp2(-inf) = 0 and no NaN.
   static __device__ __forceinline__ float finite_shift(float max, float scale_log2) {
     return max == -INFINITY ? 0.0f : max * scale_log2;

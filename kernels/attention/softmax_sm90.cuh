@@ -5,8 +5,7 @@
 // rare after a row's first tile: the maximum is then found, and what was accumulated rescaled.
 #pragma once
 
-#include "ampere/tile.cuh"
-#include "numbers.h"
+#include "softmax.cuh"
 
 namespace flash_models {
 
@@ -21,7 +20,7 @@ struct OptimisticSoftmax {
   template <int kN>
   __device__ __forceinline__ void start(const float (&s)[1][kN][4], float scale_log2) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) reference[half] = top(s, half) * scale_log2;
+    for (int half = 0; half < 2; ++half) reference[half] = row_top(s[0], half) * scale_log2;
   }
 
   // Turns scores into their logarithms to base 2 relative to `reference`.
@@ -65,7 +64,7 @@ struct OptimisticSoftmax {
   __device__ __forceinline__ void move(float (&s)[1][kN][4], float (&factor)[1][2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float next = fmaxf(reference[half], top(s, half) + finite(reference[half]));
+      const float next = fmaxf(reference[half], row_top(s[0], half) + finite(reference[half]));
       const float distance = finite(next) - finite(reference[half]);
 #pragma unroll
       for (int n = 0; n < kN; ++n) s[0][n][2 * half] -= distance, s[0][n][2 * half + 1] -= distance;
@@ -79,8 +78,7 @@ struct OptimisticSoftmax {
   __device__ __forceinline__ void finish(float (&factor)[1][2], float keep_scale) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      sum[half] += __shfl_xor_sync(~0u, sum[half], 1);
-      sum[half] += __shfl_xor_sync(~0u, sum[half], 2);
+      sum[half] = quad_sum(sum[half]);
       factor[0][half] = sum[half] == 0.0f ? 0.0f : __fdividef(keep_scale, sum[half]);
     }
   }
@@ -91,15 +89,6 @@ struct OptimisticSoftmax {
   }
 
  private:
-  template <int kN>
-  static __device__ __forceinline__ float top(const float (&s)[1][kN][4], int half) {
-    float x = s[0][0][2 * half];
-#pragma unroll
-    for (int n = 0; n < kN; ++n) x = fmaxf(x, fmaxf(s[0][n][2 * half], s[0][n][2 * half + 1]));
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-  }
-
   // Subtracting 0 where there is no reference leaves exp2(-inf) = 0 and no NaN.
   static __device__ __forceinline__ float finite(float reference) { return reference == -INFINITY ? 0.0f : reference; }
 };

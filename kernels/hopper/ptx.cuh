@@ -39,7 +39,11 @@ __device__ __forceinline__ int lane_id() {
   return lane;
 }
 
-// "elect.sync": true in one lane of the warp, always the same.
+// "elect.sync": `instruction` by one lane of the warp, always the same. In the branch of that lane alone, ptxas would
+// put a loop around every instruction that takes uniform registers.
+#define FM_ELECTED(instruction) "{\n.reg .pred leader;\nelect.sync _|leader, 0xffffffff;\n@leader " instruction "\n}"
+
+// Whether this is that lane.
 __device__ __forceinline__ bool elect_one() {
   int leader;
   asm volatile(
@@ -61,27 +65,14 @@ __device__ __forceinline__ void mbarrier_arrive_warp(uint32_t barrier) { mbarrie
 constexpr int kWarpArrivals = 1;
 __device__ __forceinline__ void mbarrier_arrive_warp(uint32_t barrier) {
   __syncwarp();
-  asm volatile(
-      "{\n"
-      ".reg .pred leader;\n"
-      "elect.sync _|leader, 0xffffffff;\n"
-      "@leader mbarrier.arrive.shared::cta.b64 _, [%0];\n"
-      "}" ::"r"(barrier)
-      : "memory");
+  asm volatile(FM_ELECTED("mbarrier.arrive.shared::cta.b64 _, [%0];")::"r"(barrier) : "memory");
 }
 #endif
 
-// By a warp; one of its lanes arrives and announces bytes. Here and below the lane is elected beside the instruction:
-// in the branch of a lane alone, ptxas would put a loop around every instruction that takes uniform registers.
+// By a warp; one of its lanes arrives and announces bytes.
 __device__ __forceinline__ void mbarrier_arrive_expect_warp(uint32_t barrier, int bytes) {
-  asm volatile(
-      "{\n"
-      ".reg .pred leader;\n"
-      "elect.sync _|leader, 0xffffffff;\n"
-      "@leader mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n"
-      "}" ::"r"(barrier),
-      "r"(bytes)
-      : "memory");
+  asm volatile(FM_ELECTED("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;")::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 
 // Returns once the phase of this parity has ended.
@@ -110,12 +101,9 @@ __device__ __forceinline__ void stmatrix(uint32_t shared, const uint32_t (&r)[4]
 __device__ __forceinline__ void tma_load_warp(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int dim,
                                               int seq, int head, int batch) {
   asm volatile(
-      "{\n"
-      ".reg .pred leader;\n"
-      "elect.sync _|leader, 0xffffffff;\n"
-      "@leader cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3,%4,%5}], "
-      "[%6];\n"
-      "}" ::"r"(shared),
+      FM_ELECTED(
+          "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3,%4,%5}], "
+          "[%6];")::"r"(shared),
       "l"(&map), "r"(dim), "r"(seq), "r"(head), "r"(batch), "r"(barrier)
       : "memory");
 }
@@ -124,25 +112,17 @@ __device__ __forceinline__ void tma_load_warp(uint32_t shared, const CUtensorMap
 // warp; one of its lanes issues.
 __device__ __forceinline__ void tma_store_warp(const CUtensorMap& map, uint32_t shared, int dim, int seq, int head,
                                                int batch) {
-  asm volatile(
-      "{\n"
-      ".reg .pred leader;\n"
-      "elect.sync _|leader, 0xffffffff;\n"
-      "@leader cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2,%3,%4,%5}], [%1];\n"
-      "@leader cp.async.bulk.commit_group;\n"
-      "}" ::"l"(&map),
-      "r"(shared), "r"(dim), "r"(seq), "r"(head), "r"(batch)
-      : "memory");
+  asm volatile(FM_ELECTED("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2,%3,%4,%5}], [%1];\n"
+                          "@leader cp.async.bulk.commit_group;")::"l"(&map),
+               "r"(shared), "r"(dim), "r"(seq), "r"(head), "r"(batch)
+               : "memory");
 }
 
 // "cp.async.bulk": copies `bytes`, a multiple of 16 as the addresses are. Called by a warp; one of its lanes issues.
 __device__ __forceinline__ void bulk_load_warp(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
   asm volatile(
-      "{\n"
-      ".reg .pred leader;\n"
-      "elect.sync _|leader, 0xffffffff;\n"
-      "@leader cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n"
-      "}" ::"r"(shared),
+      FM_ELECTED("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];")::"r"(
+          shared),
       "l"(global), "r"(bytes), "r"(barrier)
       : "memory");
 }
@@ -150,15 +130,10 @@ __device__ __forceinline__ void bulk_load_warp(uint32_t shared, const void* glob
 // "cp.reduce.async.bulk": adds `bytes` of shared memory, floats, to global memory, as one group of its issuer. Called
 // by a warp; one of its lanes issues.
 __device__ __forceinline__ void bulk_add_warp(float* global, uint32_t shared, int bytes) {
-  asm volatile(
-      "{\n"
-      ".reg .pred leader;\n"
-      "elect.sync _|leader, 0xffffffff;\n"
-      "@leader cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
-      "@leader cp.async.bulk.commit_group;\n"
-      "}" ::"l"(global),
-      "r"(shared), "r"(bytes)
-      : "memory");
+  asm volatile(FM_ELECTED("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+                          "@leader cp.async.bulk.commit_group;")::"l"(global),
+               "r"(shared), "r"(bytes)
+               : "memory");
 }
 
 // Waits until the groups that this warp issued have read their shared memory.
@@ -179,22 +154,6 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same as named_barrier_sync; true where it is for any of them ("bar.red").
-__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool x) {
-  int any;
-  asm volatile(
-      "{\n"
-      ".reg .pred in, out;\n"
-      "setp.ne.b32 in, %3, 0;\n"
-      "bar.red.or.pred out, %1, %2, in;\n"
-      "selp.b32 %0, 1, 0, out;\n"
-      "}"
-      : "=r"(any)
-      : "r"(id), "r"(threads), "r"(static_cast<int>(x))
-      : "memory");
-  return any != 0;
-}
-
 // "Miscellaneous: setmaxnreg". By every warp of a warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
@@ -205,5 +164,7 @@ template <int kRegisters>
 __device__ __forceinline__ void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+
+#undef FM_ELECTED
 
 }  // namespace flash_models::ptx

@@ -186,15 +186,6 @@ inline void named_barrier_sync(int id, int threads) {
   while (meeting.round == round) swapcontext(&emulation::fibers[emulation::thread].context, &emulation::scheduler);
 }
 
-inline bool named_barrier_any(int id, int threads, bool x) {
-  static bool seen[16][3];  // of this round, the next, and the last, which some may not have read yet
-  const uint64_t round = emulation::named_meeting[id].round;
-  seen[id][(round + 1) % 3] = false;
-  seen[id][round % 3] |= x;
-  named_barrier_sync(id, threads);
-  return seen[id][round % 3];
-}
-
 template <int kRegisters>
 void raise_registers() {}
 template <int kRegisters>
