@@ -28,6 +28,7 @@ def ops(folder, name, capability, sources):
     ]
     command += [f"-Dflash_models={name}", f"-DFM_EMULATED_CAPABILITY={capability}", "-DFLASH_MODELS_CUDA=CPU"]
     command += [f"-I{p}" for p in (ROOT / "tests/emulation", ROOT / "kernels", CUDA_INCLUDE, torch_dir / "include")]
+    command += ["-include", "threads.h"]  # what nvcc knows by itself
 
     def compile_one(source):
         target = folder / f"{source.replace('/', '-')}.o"

@@ -35,7 +35,7 @@ def test_many_heads_and_sequences(one_dtype):
     check(*random_qkv(65, 65, batch=5, heads=7, head_dim=32, **one_dtype), causal=True)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.01, -0.3])
+@pytest.mark.parametrize("scale", [1.0, 0.01, 0.0, -0.3])
 def test_scale(scale, one_dtype):
     check(*random_qkv(70, 90, **one_dtype), scale=scale)
 

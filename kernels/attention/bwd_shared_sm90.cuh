@@ -3,6 +3,7 @@
 // What one CTA of bwd_sm90.cu holds: tiles, registers, shared memory and barriers.
 #pragma once
 
+#include "blocks.cuh"
 #include "draw.cuh"
 #include "hopper/tile.cuh"
 
@@ -15,11 +16,33 @@ struct BackwardConfig {
   static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeptStages = kDim <= 64 ? 2 : 1;
   static constexpr int kCtasPerSm = kWarpgroups == 1 ? 2 : 1;
+  static constexpr bool kStoresAtOnce = kTileQ == 64 && !kDropout;  // dS^T, where registers suffice
   // A warpgroup's share of dQ: 64 of a tile's queries, or, where a tile has only 64, some of the columns.
   static constexpr int kDqDim = kTileQ == kTileK ? kDim : kDim / kWarpgroups;
   static constexpr int kProducerRegisters = kWarpgroups == 2 && !kDropout ? 40 : 56;
   static constexpr int kConsumerRegisters = kWarpgroups == 1 ? 200 : kDropout ? 224 : 232;
   static_assert(registers_suffice(kCtasPerSm, kWarpgroups, kProducerRegisters, kConsumerRegisters));
+};
+
+// What the producer tells of a tile of keys: all that consumers would else have to find out of the problem.
+struct KeyNote : TileNote {
+  Visible visible;
+  int q_len;
+  int rows, key;    // of the sequence, from the tile's first key on; that key's place in the tensors
+  int64_t dq_tile;  // where the sequence's dQ begins, in tiles of 64 rows
+};
+
+// Of a tile of queries: its first one, and what is to be known of it.
+struct QueryWord {
+  static constexpr int kLast = 1, kMasked = 2;  // the last one to walk; not all its pairs attend
+  int word = 0;
+
+  static __device__ __forceinline__ int of(int first, bool last, bool masked) {
+    return first + last * kLast + masked * kMasked;
+  }
+  __device__ __forceinline__ int first() const { return word & ~(kLast | kMasked); }
+  __device__ __forceinline__ bool last() const { return word & kLast; }
+  __device__ __forceinline__ bool masked() const { return word & kMasked; }
 };
 
 //   K [2] | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | dQ of each warp
@@ -40,9 +63,9 @@ struct BackwardShared {
   using KeyRing = RingBarriers<2>;
   using ValueRing = RingBarriers<1>;
   using QueryRing = RingBarriers<kStages>;
-  static constexpr int kRings = KeyRing::kBytes + ValueRing::kBytes + 2 * QueryRing::kBytes + Kept::Barriers::kBytes;
-  static constexpr int kNotes = (kBarriers + 24 + kRings + 15) / 16 * 16;
-  static constexpr int kBytes = kNotes + Notes<2, kStages>::kBytes;
+  static constexpr int kRings = KeyRing::kBytes + ValueRing::kBytes + 3 * QueryRing::kBytes + Kept::Barriers::kBytes;
+  static constexpr int kNotes = (kBarriers + 8 + kRings + 15) / 16 * 16;
+  static constexpr int kBytes = kNotes + Notes<2, kStages, KeyNote>::kBytes;
   uint32_t base;
 
   __device__ __forceinline__ Key k(int stage) const { return {base + stage * Key::kBytes}; }
@@ -55,20 +78,20 @@ struct BackwardShared {
   __device__ __forceinline__ uint32_t delta(int stage) const { return shift(kStages + stage); }
 
   __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
-  __device__ __forceinline__ uint32_t ds_full(int buffer) const { return raw() + 8 + 8 * buffer; }
-  __device__ __forceinline__ KeyRing k_ring() const { return {raw() + 24}; }
+  __device__ __forceinline__ QueryRing ds_ring() const { return {raw() + 8}; }
+  __device__ __forceinline__ KeyRing k_ring() const { return {ds_ring().end()}; }
   __device__ __forceinline__ ValueRing v_ring() const { return {k_ring().end()}; }
   __device__ __forceinline__ QueryRing q_ring() const { return {v_ring().end()}; }
   __device__ __forceinline__ QueryRing dout_ring() const { return {q_ring().end()}; }
   __device__ __forceinline__ Kept kept() const { return {base + kKept, {dout_ring().end()}}; }
 
-  __device__ __forceinline__ Notes<2, kStages> notes() const { return {base + kNotes}; }
+  __device__ __forceinline__ Notes<2, kStages, KeyNote> notes() const { return {base + kNotes}; }
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = kWarps * ptx::kWarpArrivals;
     constexpr int kNoteReaders = kReaders + (Config::kDropout ? kFollowers * ptx::kWarpArrivals : 0);  // of K's and Q's
     ptx::mbarrier_init(raw(), 1);
-    for (int buffer = 0; buffer < 2; ++buffer) ptx::mbarrier_init(ds_full(buffer), kReaders);
+    ds_ring().init(kReaders, kReaders);
     k_ring().init(1, kNoteReaders);
     v_ring().init(1, kReaders);
     q_ring().init(2, kNoteReaders);  // Q; shift and delta

@@ -10,15 +10,17 @@
 //   2. The fp32 sum of dQ, added up by the copy engine, is scaled and rounded. In deterministic mode 1. leaves dQ to
 //      bwd_dq_sm80.cu.
 //
-//   dQ needs the dS^T of all consumers and waits for it until the next tile, so that none of them waits for another and
-//   one's softmax runs under the products of the others:
+// A warp that issues products does little else: no more than two are queued. So a consumer issues all of a step in one
+// go, those of the next step's scores behind those of this step's gradients, and the two take turns: the rest of one's
+// step runs under the products of the other. dQ needs the dS^T of both and waits for it until the next step, also where
+// that belongs to other keys: the steps of all tiles are one chain.
 //
-//   tensor cores   S^T, dQ of the last tile | dP^T          |      | dV, dK             | S^T, dQ ...
-//   other units                             | store dQ, P^T | dS^T | store dS^T, add dQ |
+//   tensor cores   dQ of the last step, dV, dK | S^T, dP^T of the next step |                      | dQ, dV, dK ...
+//   other units                       store dQ |                            | add dQ, P^T and dS^T | (the other's turn)
 //
 //   shared memory   bwd_shared_sm90.cuh
 //   registers       S^T, dP^T 64 x kTileQ, dK, dV 64 x kDim, dQ 64 x kDqDim, fp32, per warpgroup
-//   barriers        full, empty: as in fwd_sm90.cu; ds_full: all consumers have written dS^T
+//   barriers        full, empty: as in fwd_sm90.cu; of dS^T, full: all consumers have written it
 #include <algorithm>
 
 #include "bwd_shared_sm90.cuh"
@@ -28,23 +30,13 @@
 #include "row_tiles.cuh"
 #include "softmax.cuh"
 #include "store_dq.cuh"
+#include "turns.cuh"
 
 namespace flash_models {
 namespace {
 
 struct BackwardMaps {
   CUtensorMap q, k, v, dout;
-};
-
-// The keys of one tile, as producer and consumers both derive them.
-template <typename Config>
-struct KeyTile {
-  const Sequence s;
-  const int k0;
-  const Visible visible;
-
-  __device__ __forceinline__ KeyTile(const AttentionProblem& p, int tile, int batch)
-      : s(sequence_of(p, batch)), k0(tile * Config::kTileK), visible(p, s) {}
 };
 
 // The list of key tiles. The first keys have most work: under a causal mask, and as the global tokens of many layouts.
@@ -87,24 +79,26 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
   Ring<1> values;
   for (int number; (number = take_ticket(g.ticket)) < schedule.count;) {
     const ListedWork work = schedule.work(p, number);
-    const KeyTile<Config> tile(p, work.place.tile, work.place.batch);
-    if (work.place.tile < 0 || tile.k0 >= tile.s.k_len) continue;
-    const int head = work.place.head, batch = p.cu_seqlens_q != nullptr ? 0 : work.place.batch;
-    const int q_len = static_cast<int>(tile.s.q_len), q_begin = static_cast<int>(tile.s.q_begin);
-    const int key = static_cast<int>(tile.s.k_begin) + tile.k0;
-    const int lo = tile.visible.lo - tile.k0, hi = tile.visible.hi - tile.k0;
-    const int64_t rows = padded_row(p, tile.s, work.place.batch, head);
-    const Tiles walk = query_tiles(p, tile.s, tile.visible, work.piece, tile.k0, Config::kTileK, kTileQ);
-    const Dropout dropout(p, work.place.batch * p.heads + head);
+    const Place place = work.place;
+    const Sequence s = sequence_of(p, place.batch);
+    const int k0 = place.tile * Config::kTileK, rows = static_cast<int>(s.k_len) - k0;
+    if (place.tile < 0 || rows <= 0) continue;
+    const Visible visible(p, s);
+    const int head = place.head, batch = p.cu_seqlens_q != nullptr ? 0 : place.batch;
+    const int q_len = static_cast<int>(s.q_len), q_begin = static_cast<int>(s.q_begin);
+    const int key = static_cast<int>(s.k_begin) + k0;
+    const int64_t first_row = padded_row(p, s, place.batch, head);
+    const Tiles walk = query_tiles(p, s, visible, work.piece, k0, Config::kTileK, kTileQ);
+    const Dropout dropout(p, place.batch * p.heads + head);
     int position = walk.next(0);
-
+    const bool walks = position < walk.count;
+    const TileNote note{place.tile, head, place.batch, 2 * static_cast<int>(work.slot) + walks};
     shared.k_ring().await_empty(keys);
-    if (producer.leader)
-      shared.notes().tile(keys.stage) = {work.place.tile, head, work.place.batch,
-                                         2 * static_cast<int>(work.slot) + (position < walk.count)};
+    if (producer.leader) shared.notes().tile(keys.stage) = {note, visible, q_len, rows, key, first_row / 64};
+    const int lo = visible.lo - k0, hi = visible.hi - k0;
     producer.load(shared.k(keys.stage), maps.k, shared.k_ring().full(keys.stage), key, head, batch, lo, hi);
     keys.advance();
-    if (position < walk.count) {
+    if (walks) {
       shared.v_ring().await_empty(values);
       producer.load(shared.v(), maps.v, shared.v_ring().full(values.stage), key, head, batch, lo, hi);
       values.advance();
@@ -112,17 +106,18 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
     for (; position < walk.count; ring.advance()) {
       const int q0 = walk.tile(position) * kTileQ, stage = ring.stage;
       position = walk.next(position + 1);
+      const bool masked = !visible.all(q0, k0, Config::kTileK) || q0 + kTileQ > q_len;
       shared.q_ring().await_empty(ring);
-      if (producer.leader) shared.notes().first(stage) = q0 + (position >= walk.count);
+      if (producer.leader) shared.notes().first(stage) = QueryWord::of(q0, position >= walk.count, masked);
       const uint32_t full = shared.q_ring().full(stage);
       ptx::mbarrier_arrive_expect_warp(full, 2 * 4 * kTileQ);
-      ptx::bulk_load_warp(shared.shift(stage), g.shift + rows + q0, 4 * kTileQ, full);
-      ptx::bulk_load_warp(shared.delta(stage), g.delta + rows + q0, 4 * kTileQ, full);
+      ptx::bulk_load_warp(shared.shift(stage), g.shift + first_row + q0, 4 * kTileQ, full);
+      ptx::bulk_load_warp(shared.delta(stage), g.delta + first_row + q0, 4 * kTileQ, full);
       producer.load(shared.q(stage), maps.q, shared.q_ring().full(stage), q_begin + q0, head, batch, 0, q_len - q0);
       shared.dout_ring().await_empty(ring);
       producer.load(shared.dout(stage), maps.dout, shared.dout_ring().full(stage), q_begin + q0, head, batch, 0,
                     q_len - q0);
-      if constexpr (Config::kDropout) drawer(dropout, work.place.tile, q0);
+      if constexpr (Config::kDropout) drawer(dropout, place.tile, q0);
     }
   }
   shared.k_ring().await_empty(keys);
@@ -138,6 +133,8 @@ __device__ __forceinline__ void follow(const AttentionProblem& p) {
   follow_notes(p, shared.notes(), shared.k_ring(), shared.q_ring(), Drawer<T, Config>{shared});
 }
 
+constexpr float kLeastScale = 1e-20f;  // for 0, by which nothing can be divided: times this, scores are 0
+
 template <typename T, typename Config>
 __device__ __forceinline__ void consume(const AttentionProblem& p, const AttentionGradients& g) {
   constexpr bool kDropout = Config::kDropout;
@@ -147,157 +144,201 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   const int warpgroup = warpgroup_of_thread() - 1, warp = threadIdx.x % 128 / 32, row0 = 64 * warpgroup + 16 * warp;
   // This warpgroup's share of the dQ of a query tile.
   const int query0 = kTileQ == Config::kTileK ? 64 * warpgroup : 0, dim0 = kDqDim == kDim ? 0 : kDqDim * warpgroup;
-  const float scale_log2 = p.scale * kLog2e;
+  const float scale_log2 = fmaxf(p.scale * kLog2e, kLeastScale);
+
+  float scores[1][kN][4], dp[1][kN][4], dk[1][kDim / 8][4], dv[1][kDim / 8][4], dq[1][kDqDim / 8][4];
+  uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
+  Ring<Config::kStages> ring;
+  Ring<2> keys, behind;  // those of the scores; those of dQ
+  Ring<1> values;
+  Ring<Config::kKeptStages> drawn;
+  KeepTransposed<kN> keep;
+  QueryWord query;
+  int64_t dq_tile = 0;  // of the sequence's first queries
+  int64_t target = -1,
+          stored = -1;  // where the dQ of the last step belongs, and what lies in shared memory; -1: nowhere
+  const Turns<Config::kWarpgroups> turns(warpgroup);
+
   auto pair_of = [&](uint32_t rows, int n) {  // the values of this lane's two queries in fragment n
     return *static_cast<const float2*>(__cvta_shared_to_generic(rows + 4 * (8 * n + lane.col)));
   };
-
-  float dk[1][kDim / 8][4], dv[1][kDim / 8][4];
-  Ring<Config::kStages> ring;
-  Ring<2> keys;
-  Ring<1> values;
-  Ring<Config::kKeptStages> drawn;
-  Ring<2> written;  // dS^T of the last tile
-  int buffer = 0;
-  KeepTransposed<kN> keep;
-
-  auto multiply_dq = [&](auto& dq, bool first) {
-    if (!first) ptx::mbarrier_wait(shared.ds_full(written.stage), written.parity);
+  auto await_queries = [&] {
+    shared.q_ring().await_full(ring);
+    query.word = shared.notes().first(ring.stage);
+  };
+  // What products are added to: a value of each query, times `factor`.
+  auto preload = [&](auto& acc, uint32_t rows, float factor) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const float2 x = pair_of(rows, n);
+      acc[0][n][0] = acc[0][n][2] = x.x * factor;
+      acc[0][n][1] = acc[0][n][3] = x.y * factor;
+    }
+  };
+  // Issues S^T - shift / (scale log2(e)) and dP^T - delta: the accumulators start from what would else be subtracted,
+  // and reading it delays no exponential. With dropout, which needs delta apart, they start from 0.
+  auto multiply_scores = [&] {
+    if constexpr (!kDropout) {
+      preload(scores, shared.shift(ring.stage), -1.0f / scale_log2);
+      preload(dp, shared.delta(ring.stage), -1.0f);
+    }
     ptx::wgmma_fence();
-    multiply_transposed<T>(dq, shared.ds(written.stage), query0, shared.k(keys.stage), dim0);
+    multiply_rows<T>(scores, shared.k(keys.stage), 64 * warpgroup, shared.q(ring.stage), !kDropout);
     ptx::wgmma_commit();
-    if (!first) written.advance();
+    shared.v_ring().await_full(values);
+    shared.dout_ring().await_full(ring);
+    ptx::wgmma_fence();
+    multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(ring.stage), !kDropout);
+    ptx::wgmma_commit();
+  };
+  // Of the last step, whose dS^T lies in the other buffer.
+  auto multiply_dq = [&] {
+    static_assert(Config::kStages == 2);
+    if (target >= 0) shared.ds_ring().await_full({ring.stage ^ 1, ring.parity ^ (ring.stage == 0)});
+    ptx::wgmma_fence();
+    multiply_transposed<T>(dq, shared.ds(ring.stage ^ 1), query0, shared.k(behind.stage), dim0);
+    ptx::wgmma_commit();
   };
   // On its way to L2 dQ passes through shared memory, so that it leaves registers at once.
   const uint32_t dq_shared = shared.dq(4 * warpgroup + warp);
-  auto store_dq = [&](const auto& dq) {
+  auto store_dq = [&] {
     ptx::bulk_wait_read_warp();
 #pragma unroll
     for (int n = 0; n < kDqDim / 8; ++n)
       *static_cast<float4*>(__cvta_shared_to_generic(dq_shared + 512 * n + 16 * lane.id)) = {dq[0][n][0], dq[0][n][1],
                                                                                              dq[0][n][2], dq[0][n][3]};
+    if (target >= 0) ptx::mbarrier_arrive_warp(shared.ds_ring().empty(ring.stage ^ 1));
+    stored = target;
+  };
+  auto add_dq = [&] {
+    if (stored < 0 || g.dq_sum == nullptr) return;
+    ptx::fence_proxy_async();
+    __syncwarp();
+    ptx::bulk_add_warp(g.dq_sum + (stored * 64 + query0) * kDim + (4 * dim0 / kDqDim + warp) * 16 * kDqDim, dq_shared,
+                       BackwardShared<T, Config>::kWarpDqBytes);
+  };
+  auto store_ds = [&](int k) { shared.ds(ring.stage).store_operand(row0, 16 * k, ds[k], lane.id); };
+  // P^T and dS^T of the step whose scores are under way.
+  auto differentiate = [&] {
+    shared.ds_ring().await_empty(ring);
+    ptx::wgmma_wait<1>();
+    if (query.masked()) {
+      const KeyNote& note = shared.notes().tile(keys.stage);
+      mask_transposed(scores, note.visible, note.q_len, query.first(), note.tile * Config::kTileK + row0, lane);
+    }
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const float2 shift = kDropout ? pair_of(shared.shift(ring.stage), n) : float2{};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        scores[0][n][i] = ptx::exp2_approx(fmaf(scores[0][n][i], scale_log2, -(i % 2 ? shift.y : shift.x)));
+    }
+    if constexpr (kDropout) {
+      shared.kept().take(drawn, row0 / 32, lane.id, keep.word);
+#pragma unroll
+      for (uint32_t& bits : keep.word) bits <<= row0 % 32 / 8;  // this warp's two key fragments of four
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const float2 delta = kDropout ? pair_of(shared.delta(ring.stage), n) : float2{};
+      const float scale = kDropout ? p.keep_scale : 1.0f;
+      const uint32_t undropped = pack<T>(-delta.x, -delta.y);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float *prob = scores[0][n] + 2 * half, *dprob = dp[0][n] + 2 * half;
+        const uint32_t kept = kDropout ? keep.mask(half, n) : ~0u, probability = pack<T>(prob[0], prob[1]);
+        const uint32_t difference = kDropout ? pack<T>(fmaf(dprob[0], scale, -delta.x), fmaf(dprob[1], scale, -delta.y))
+                                             : pack<T>(dprob[0], dprob[1]);
+        ds[n / 2][2 * (n % 2) + half] = multiply_pairs<T>(probability, (difference & kept) | (undropped & ~kept));
+        probabilities[n / 2][2 * (n % 2) + half] = probability & kept;
+      }
+      if (Config::kStoresAtOnce && n % 2 == 1) store_ds(n / 2);
+    }
+    if (query.last()) shared.v_ring().release(values);
+  };
+  // What this warp has of a tile's dK and dV.
+  auto store_keys = [&](const KeyNote& note) {
+    auto store = [&](const auto& acc, const View& view, float factor, int part) {
+      const float factors[1][2] = {{factor, factor}}, one[2] = {1.0f, 1.0f};
+      if (note.slot() >= 0) {
+        float* partial = partial_of_warp(p, note.slot(), row0, partial_dkv_floats(kDim));
+        store_partial(acc, one, partial + part * 16 * kDim, lane.id);
+      } else {
+        const int batch = p.cu_seqlens_k != nullptr ? 0 : note.batch;
+        T* rows = static_cast<T*>(view.data) + batch * view.batch + note.head * view.head;
+        store_fragments<T>(acc, factors, rows + (note.key + row0) * view.seq, view.seq, note.rows - row0,
+                           static_cast<int>(p.head_dim), lane);
+      }
+    };
+    store(dk, g.dk, p.scale, 0);
+    store(dv, g.dv, kDropout ? p.keep_scale : 1.0f, 1);
   };
 
-  while (true) {
+  while (true) {  // a chain of tiles
     shared.k_ring().await_full(keys);
     const TileNote note = shared.notes().tile(keys.stage);
     if (note.last()) break;
-    const KeyTile<Config> tile(p, note.tile, note.batch);
-    const int k0 = tile.k0 + row0, q_len = static_cast<int>(tile.s.q_len);
-    float* dq_sum =
-        dq_tile(p, g.dq_sum, tile.s, note.batch, note.head, query0, kDim) + (4 * dim0 / kDqDim + warp) * 16 * kDqDim;
-    auto add_dq = [&](int q0) {  // after a fence
-      if (g.dq_sum != nullptr && q0 + query0 < q_len)
-        ptx::bulk_add_warp(dq_sum + int64_t{q0} * kDim, dq_shared, BackwardShared<T, Config>::kWarpDqBytes);
-    };
-    auto await_queries = [&](const Ring<Config::kStages>& place) {
-      shared.q_ring().await_full(place);
-      const int word = shared.notes().first(place.stage);
-      if constexpr (kDropout) {
-        shared.kept().take(drawn, row0 / 32, lane.id, keep.word);
-#pragma unroll
-        for (uint32_t& bits : keep.word) bits <<= row0 % 32 / 8;  // this warp's two key fragments of four
-      }
-      return word;
-    };
     clear(dk);
     clear(dv);
-    int last_q0 = q_len, query = note.walks() ? await_queries(ring) : 1;  // no tile yet
-    const bool walks = note.walks();
-    while (walks) {
-      const int q0 = query & ~1, stage = ring.stage;
-      float scores[1][kN][4], dp[1][kN][4], dq[1][kDqDim / 8][4];
-      ptx::wgmma_fence();
-      multiply_rows<T>(scores, shared.k(keys.stage), 64 * warpgroup, shared.q(stage));
-      ptx::wgmma_commit();
-      multiply_dq(dq, last_q0 == q_len);
-      ptx::wgmma_wait<0>();
-      store_dq(dq);
-      shared.v_ring().await_full(values);
-      shared.dout_ring().await_full(ring);
-      ptx::wgmma_fence();
-      multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(stage));
-      ptx::wgmma_commit();
-      if (!tile.visible.all(q0, k0, 16) || q0 + kTileQ > q_len)
-        mask_transposed(scores, tile.visible, q_len, q0, k0, lane);
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const float2 shift = pair_of(shared.shift(stage), n);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          scores[0][n][i] = ptx::exp2_approx(fmaf(scores[0][n][i], scale_log2, -(i % 2 ? shift.y : shift.x)));
-      }
-      ptx::wgmma_wait<0>();
-      const bool more = query % 2 == 0;
-      if (!more) shared.v_ring().release(values);
-
-      uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const float2 delta = pair_of(shared.delta(stage), n);
-        const uint32_t undropped = pack<T>(-delta.x, -delta.y);
-        const float scale = kDropout ? p.keep_scale : 1.0f;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float *prob = scores[0][n] + 2 * half, *dprob = dp[0][n] + 2 * half;
-          const uint32_t kept = kDropout ? keep.mask(half, n) : ~0u, probability = pack<T>(prob[0], prob[1]);
-          const uint32_t difference = pack<T>(fmaf(dprob[0], scale, -delta.x), fmaf(dprob[1], scale, -delta.y));
-          ds[n / 2][2 * (n % 2) + half] = multiply_pairs<T>(probability, (difference & kept) | (undropped & ~kept));
-          probabilities[n / 2][2 * (n % 2) + half] = probability & kept;
-        }
-      }
-
-      ptx::wgmma_fence();
-      multiply_columns<T>(dv, probabilities, shared.dout(stage), true);
-      ptx::wgmma_commit();
-      multiply_columns<T>(dk, ds, shared.q(stage), true);
-      ptx::wgmma_commit();
-      // What the other consumers still read of the buffer they have read before they wrote to the other one, and that
-      // was waited for with dQ above.
-#pragma unroll
-      for (int k = 0; k < kN / 2; ++k) shared.ds(buffer).store_operand(row0, 16 * k, ds[k], lane.id);
-      ptx::fence_proxy_async();
-      ptx::mbarrier_arrive_warp(shared.ds_full(buffer));
-      buffer ^= 1;
-      add_dq(last_q0);
-      last_q0 = q0;
-      Ring<Config::kStages> next = ring;
-      next.advance();
-      if (more) query = await_queries(next);
-      ptx::wgmma_wait<1>();
-      ptx::mbarrier_arrive_warp(shared.dout_ring().empty(stage));
-      ptx::wgmma_wait<0>();
-      ptx::mbarrier_arrive_warp(shared.q_ring().empty(stage));
-      ring = next;
-      if (!more) break;
-    }
-    if (walks) {
-      float dq[1][kDqDim / 8][4];
-      multiply_dq(dq, false);
-      ptx::wgmma_wait<0>();
-      store_dq(dq);
-      ptx::fence_proxy_async();
-      __syncwarp();
-      add_dq(last_q0);
-    }
-    const TileNote done = shared.notes().tile(keys.stage);  // read again, so that it need not be kept
-    const Sequence s = sequence_of(p, done.batch);
-    shared.k_ring().release(keys);
-
-    if (done.slot() >= 0) {
-      const float one[2] = {1.0f, 1.0f};
-      float* partial = partial_of_warp(p, done.slot(), row0, partial_dkv_floats(kDim));
-      store_partial(dk, one, partial, lane.id);
-      store_partial(dv, one, partial + 16 * kDim, lane.id);
+    if (!note.walks()) {
+      store_keys(shared.notes().tile(keys.stage));
+      shared.k_ring().release(keys);
+      behind = keys;
       continue;
     }
-    const float dv_factor[1][2] = {{kDropout ? p.keep_scale : 1.0f, kDropout ? p.keep_scale : 1.0f}};
-    const float dk_factor[1][2] = {{p.scale, p.scale}};
-    const int rows = static_cast<int>(s.k_len) - k0, dims = static_cast<int>(p.head_dim);
-    T* dk_out = static_cast<T*>(g.dk.data) + key_offset(g.dk, s, done.batch, done.head) + k0 * g.dk.seq;
-    T* dv_out = static_cast<T*>(g.dv.data) + key_offset(g.dv, s, done.batch, done.head) + k0 * g.dv.seq;
-    store_fragments<T>(dk, dk_factor, dk_out, g.dk.seq, rows, dims, lane);
-    store_fragments<T>(dv, dv_factor, dv_out, g.dv.seq, rows, dims, lane);
+    dq_tile = shared.notes().tile(keys.stage).dq_tile;
+    await_queries();
+    turns.take();
+    multiply_scores();
+    turns.pass();
+    differentiate();
+    while (true) {
+      const int q0 = query.first(), stage = ring.stage;
+      const bool last = query.last();
+#pragma unroll
+      for (int k = 0; k < kN / 2; ++k)
+        if constexpr (!Config::kStoresAtOnce) store_ds(k);
+      ptx::fence_proxy_async();
+      ptx::mbarrier_arrive_warp(shared.ds_ring().full(stage));
+      turns.take();
+      multiply_dq();  // in vain where the chain begins
+      multiply_columns<T>(dv, probabilities, shared.dout(stage), true);
+      multiply_columns<T>(dk, ds, shared.q(stage), true);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      store_dq();
+      if (behind.stage != keys.stage) shared.k_ring().release(behind);
+      target = dq_tile + q0 / 64;
+      ring.advance();
+      if (!last) await_queries();
+      ptx::wgmma_wait<0>();
+      ptx::mbarrier_arrive_warp(shared.dout_ring().empty(stage));
+      ptx::mbarrier_arrive_warp(shared.q_ring().empty(stage));
+      if (last) {
+        turns.pass();  // for others may have to release the keys before, so that the next come
+        store_keys(shared.notes().tile(behind.stage));
+        keys.advance();
+        shared.k_ring().await_full(keys);
+        if (!shared.notes().tile(keys.stage).walks()) break;
+        clear(dk);
+        clear(dv);
+        dq_tile = shared.notes().tile(keys.stage).dq_tile;
+        await_queries();
+        turns.take();
+      }
+      multiply_scores();
+      turns.pass();
+      add_dq();
+      differentiate();
+    }
+    add_dq();
+    multiply_dq();
+    ptx::wgmma_wait<0>();
+    store_dq();
+    add_dq();
+    target = -1;
+    shared.k_ring().release(behind);
   }
   ptx::bulk_wait_read_warp();
 }

@@ -26,6 +26,7 @@
 #include "maps.h"
 #include "partial.cuh"
 #include "softmax_sm90.cuh"
+#include "turns.cuh"
 
 namespace flash_models {
 namespace {
@@ -56,17 +57,6 @@ struct Schedule {
     ListedWork whole;
     whole.place = pairs ? Place::of_pair(p, number, query_tiles) : Place(p, number, query_tiles, p.causal);
     return whole;
-  }
-};
-
-// The consumers' turns: warpgroup `i` issues products after `i - 1` has.
-template <int kWarpgroups>
-struct Turns {
-  static __device__ __forceinline__ void take(int i) {
-    if constexpr (kWarpgroups > 1) ptx::named_barrier_sync(1 + i, 256);
-  }
-  static __device__ __forceinline__ void pass(int i) {
-    if constexpr (kWarpgroups > 1) ptx::named_barrier_arrive(1 + (i + 1) % kWarpgroups, 256);
   }
 };
 
@@ -202,7 +192,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
   KeepPacked<kTileK / 8> keep;
   float scores[1][kTileK / 8][4], out[1][kDim / 8][4], factor[1][2];
   uint32_t probabilities[kTileK / 16][4];
-  if (warpgroup == Config::kWarpgroups - 1) Turns<Config::kWarpgroups>::pass(warpgroup);
+  const Turns<Config::kWarpgroups> turns(warpgroup);
 
   auto multiply_qk = [&] {
     multiply_rows<T>(scores, shared.q(tiles.stage), 64 * warpgroup, shared.k(keys.stage));
@@ -263,11 +253,11 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
       while (k0 % 2 == 0) {  // not the last
         shared.k_ring().await_full(keys);
         shared.v_ring().await_full(values);
-        Turns<Config::kWarpgroups>::take(warpgroup);
+        turns.take();
         ptx::wgmma_fence();
         multiply_qk();
         multiply_pv();
-        Turns<Config::kWarpgroups>::pass(warpgroup);
+        turns.pass();
         k0 = shared.notes().first(keys.stage);
         take_keep();
         ptx::wgmma_wait<1>();

@@ -129,13 +129,13 @@ struct Producer {
   }
 };
 
-// acc = A * B^T, A: rows row0 .. row0 + 63 of `a`, B: all rows of `b`. Issues the products of one group.
+// acc (+)= A * B^T, A: rows row0 .. row0 + 63 of `a`, B: all rows of `b`. Issues the products of one group.
 template <typename T, typename TileA, typename TileB>
 __device__ __forceinline__ void multiply_rows(float (&acc)[1][TileB::kRows / 8][4], const TileA& a, int row0,
-                                              const TileB& b) {
+                                              const TileB& b, bool accumulate = false) {
 #pragma unroll
   for (int k = 0; k < TileA::kDim; k += 16)
-    ptx::wgmma<T, false, false>(acc, a.by_rows(row0, k), b.by_rows(0, k), k > 0);
+    ptx::wgmma<T, false, false>(acc, a.by_rows(row0, k), b.by_rows(0, k), accumulate || k > 0);
 }
 
 // acc = A^T * B, A: columns acol0 .. acol0 + 63 of `a`, B: as many columns of `b` from bcol0 on as acc has. Issues the
