@@ -151,6 +151,19 @@ def test_scores_that_grow(emulated, growth):
     torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("queries", [1, 130])  # one is a step of generation
+def test_scale_of_0(emulated, queries):
+    """Every key counts alike; those behind the last one must not, though 0 * -inf is not a number."""
+    generator = torch.Generator().manual_seed(queries)
+    q, k, v, dout = (torch.randn(1, n, 1, 64, generator=generator).bfloat16() for n in (queries, 200, 200, queries))
+    settings = (0.0, False, False, False, None, 0.0, None, None, None, queries, 200, *(None,) * 6, 0)
+    out, lse = emulated.attention_fwd(q, k, v, *settings)
+    dq, dk, dv = emulated.attention_bwd(dout, out, lse, q, k, v, *settings)
+    torch.testing.assert_close(out.double(), v.double().mean(1, keepdim=True).expand_as(out), atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(dv.double(), dout.double().sum(1, keepdim=True).expand_as(dv) / 200, atol=2e-3, rtol=1e-2)
+    assert not dq.any() and not dk.any()
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 40), (3, 65, 33), (2, 300, 9), (1, 3, 1100)])
 def test_layouts_are_the_same(emulated, shape, transposed):

@@ -62,6 +62,7 @@ struct AttentionProblem {
   float keep_scale = 1.0f;  // 256 / (256 - threshold)
 
   float scale = 1.0f;
+  float scale_log2 = 1.0f;  // scale * log2(e), but not 0, which would make NaN of scores that do not attend
   bool causal = false;
   bool deterministic = false;
   DType dtype = DType::kFloat32;
@@ -73,10 +74,11 @@ struct AttentionProblem {
 // The backward pass also reads p.out and p.lse.
 struct AttentionGradients {
   View dout, dq, dk, dv;
-  float* delta = nullptr;     // scratch, BackwardScratch::rows floats: rowsum(dout * out)
-  float* shift = nullptr;     // the same: lse in the form that the CUDA kernels subtract
-  float* dq_sum = nullptr;    // scratch, BackwardScratch::dq_sum floats; nullptr when that is 0
-  int32_t* ticket = nullptr;  // scratch: the next key tile of a CTA
+  float* delta = nullptr;         // scratch, BackwardScratch::rows floats: rowsum(dout * out)
+  float* shift = nullptr;         // the same: lse * log2(e), in the form that the CUDA kernels subtract
+  float shift_to_scores = -1.0f;  // -1 / scale_log2
+  float* dq_sum = nullptr;        // scratch, BackwardScratch::dq_sum floats; nullptr when that is 0
+  int32_t* ticket = nullptr;      // scratch: the next key tile of a CTA
 };
 
 // One sequence of the batch, as both backends see it.

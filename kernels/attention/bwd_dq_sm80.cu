@@ -69,7 +69,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     delta[half] = g.delta[padded_row(p, s, batch, head) + row];
   }
 
-  const float scale_log2 = p.scale * kLog2e;
   const Dropout dropout(p, batch * p.heads + head);
   float dq[1][kDim / 8][4];
   clear(dq);
@@ -97,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float dprob = kDropout ? ds[0][n][i] * p.keep_scale : ds[0][n][i];
-        ds[0][n][i] = ptx::exp2_approx(fmaf(prob[0][n][i], scale_log2, -shift[i / 2])) * (dprob - delta[i / 2]);
+        ds[0][n][i] = ptx::exp2_approx(fmaf(prob[0][n][i], p.scale_log2, -shift[i / 2])) * (dprob - delta[i / 2]);
       }
     }
     multiply_registers<T>(dq, ds, tiles.k(stage), lane.id);

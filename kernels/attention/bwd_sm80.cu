@@ -51,7 +51,6 @@ __device__ __forceinline__ void probabilities_and_gradients(float (&s)[2][4][4],
                                                             int key0, int query0, int q0, int k0,
                                                             const Dropout& dropout, const Scores& tile_p,
                                                             const Scores& tile_ds, const Lane& lane) {
-  const float scale_log2 = p.scale * kLog2e;
   KeepTransposed<4> keep;
   if constexpr (kDropout) keep.draw(dropout, q0 + query0, k0 + key0, lane);
 #pragma unroll
@@ -63,7 +62,7 @@ __device__ __forceinline__ void probabilities_and_gradients(float (&s)[2][4][4],
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float prob = ptx::exp2_approx(fmaf(s[m][n][i], scale_log2, -(i % 2 ? row_shift.y : row_shift.x)));
+        const float prob = ptx::exp2_approx(fmaf(s[m][n][i], p.scale_log2, -(i % 2 ? row_shift.y : row_shift.x)));
         float dprob = dp[m][n][i];
         float dropped = prob;
         if constexpr (kDropout) {

@@ -133,8 +133,6 @@ __device__ __forceinline__ void follow(const AttentionProblem& p) {
   follow_notes(p, shared.notes(), shared.k_ring(), shared.q_ring(), Drawer<T, Config>{shared});
 }
 
-constexpr float kLeastScale = 1e-20f;  // for 0, by which nothing can be divided: times this, scores are 0
-
 template <typename T, typename Config>
 __device__ __forceinline__ void consume(const AttentionProblem& p, const AttentionGradients& g) {
   constexpr bool kDropout = Config::kDropout;
@@ -144,7 +142,6 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   const int warpgroup = warpgroup_of_thread() - 1, warp = threadIdx.x % 128 / 32, row0 = 64 * warpgroup + 16 * warp;
   // This warpgroup's share of the dQ of a query tile.
   const int query0 = kTileQ == Config::kTileK ? 64 * warpgroup : 0, dim0 = kDqDim == kDim ? 0 : kDqDim * warpgroup;
-  const float scale_log2 = fmaxf(p.scale * kLog2e, kLeastScale);
 
   float scores[1][kN][4], dp[1][kN][4], dk[1][kDim / 8][4], dv[1][kDim / 8][4], dq[1][kDqDim / 8][4];
   uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
@@ -179,7 +176,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   // and reading it delays no exponential. With dropout, which needs delta apart, they start from 0.
   auto multiply_scores = [&] {
     if constexpr (!kDropout) {
-      preload(scores, shared.shift(ring.stage), -1.0f / scale_log2);
+      preload(scores, shared.shift(ring.stage), g.shift_to_scores);
       preload(dp, shared.delta(ring.stage), -1.0f);
     }
     ptx::wgmma_fence();
@@ -231,7 +228,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       const float2 shift = kDropout ? pair_of(shared.shift(ring.stage), n) : float2{};
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        scores[0][n][i] = ptx::exp2_approx(fmaf(scores[0][n][i], scale_log2, -(i % 2 ? shift.y : shift.x)));
+        scores[0][n][i] = ptx::exp2_approx(fmaf(scores[0][n][i], p.scale_log2, -(i % 2 ? shift.y : shift.x)));
     }
     if constexpr (kDropout) {
       shared.kept().take(drawn, row0 / 32, lane.id, keep.word);
@@ -265,8 +262,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
         float* partial = partial_of_warp(p, note.slot(), row0, partial_dkv_floats(kDim));
         store_partial(acc, one, partial + part * 16 * kDim, lane.id);
       } else {
-        const int batch = p.cu_seqlens_k != nullptr ? 0 : note.batch;
-        T* rows = static_cast<T*>(view.data) + batch * view.batch + note.head * view.head;
+        T* rows = static_cast<T*>(view.data) + note.batch * view.batch + note.head * view.head;
         store_fragments<T>(acc, factors, rows + (note.key + row0) * view.seq, view.seq, note.rows - row0,
                            static_cast<int>(p.head_dim), lane);
       }

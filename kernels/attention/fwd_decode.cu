@@ -94,7 +94,6 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   if (has_dim) unpack<T>(q, *reinterpret_cast<const uint4*>(item.row<const T>(p.q) + dim));
   const T* k = static_cast<const T*>(p.k.data) + key_offset(p.k, item.s, item.batch, item.head) + dim;
   const T* v = static_cast<const T*>(p.v.data) + key_offset(p.v, item.s, item.batch, item.head) + dim;
-  const float scale_log2 = p.scale * kLog2e;
 
   uint4 rows_k[kUnroll], rows_v[kUnroll];
   auto load = [&](int key0) {
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       for (int i = 0; i < 8; ++i) dot = fmaf(q[i], x[i], dot);
 #pragma unroll
       for (int distance = 1; distance < kLanes; distance *= 2) dot += __shfl_xor_sync(~0u, dot, distance);
-      scores[u] = key0 + u * kGroups < end ? dot * scale_log2 : -INFINITY;
+      scores[u] = key0 + u * kGroups < end ? dot * p.scale_log2 : -INFINITY;
       top = fmaxf(top, scores[u]);
     }
     result.rescale(top);

@@ -68,7 +68,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   ptx::cp_async_commit();
 
   const int row0 = 32 * warp;  // this warp's rows of the tile
-  const float scale_log2 = p.scale * kLog2e;
   float out[2][kDim / 8][4], factor[2][2];
   clear(out);
   OnlineSoftmax<2> softmax;
@@ -86,8 +85,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     clear(scores);
     multiply<T, kDim, false, true>(scores, tiles.q(), row0, tiles.k(stage), 0, lane.id);
     if (!visible.all(q0 + row0, k0, kTileK)) mask_scores(scores, visible, q0 + row0, k0, lane);
-    if (softmax.advance(scores, factor, scale_log2)) rescale(out, factor);
-    softmax.exponentiate(scores, scale_log2);
+    if (softmax.advance(scores, factor, p.scale_log2)) rescale(out, factor);
+    softmax.exponentiate(scores, p.scale_log2);
     if constexpr (kDropout) {
       KeepBits<2, kTileK / 8> keep;
       keep.draw(dropout, q0 + row0, k0, lane);

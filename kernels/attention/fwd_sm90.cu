@@ -184,7 +184,6 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   const Lane lane;
   const int warpgroup = warpgroup_of_thread() - 1, row0 = 64 * warpgroup + threadIdx.x % 128 / 32 * 16;
-  const float scale_log2 = p.scale * kLog2e;
   Ring<Config::kTileStages> tiles, finished;
   Ring<Config::kStages> keys, values;
   Ring<2> drawn;
@@ -246,8 +245,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
       shared.k_ring().release(keys);
       take_keep();
       mask(k0 & ~1);
-      softmax.start(scores, scale_log2);
-      softmax.relate(scores, scale_log2);
+      softmax.start(scores, p.scale_log2);
+      softmax.relate(scores, p.scale_log2);
       release_finished();
       exponentiate();
       while (k0 % 2 == 0) {  // not the last
@@ -263,7 +262,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
         ptx::wgmma_wait<1>();
         shared.k_ring().release(keys);
         mask(k0 & ~1);
-        softmax.relate(scores, scale_log2);
+        softmax.relate(scores, p.scale_log2);
         ptx::wgmma_wait<0>();
         shared.v_ring().release(values);
         exponentiate();

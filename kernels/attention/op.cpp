@@ -7,6 +7,8 @@
 
 #include <cmath>
 
+#include "numbers.h"
+
 namespace flash_models {
 namespace {
 
@@ -146,6 +148,7 @@ AttentionProblem make_problem(const Arguments& a) {
     if (byte > 0) p.rng_state = pointer_or_null<int64_t>(a.rng_state);
   }
   p.scale = static_cast<float>(a.scale ? *a.scale : 1.0 / std::sqrt(static_cast<double>(p.head_dim)));
+  p.scale_log2 = std::max(p.scale * kLog2e, 1e-20f);
   p.causal = a.causal;
   p.deterministic = a.deterministic;
   p.stream = stream_of(a.q);
@@ -250,6 +253,7 @@ void attention_bwd(StableIValue* values, uint64_t, uint64_t) {
   g.dv = view_of(dv, "dv", inputs);
   g.delta = static_cast<float*>(rows.mutable_data_ptr());
   g.shift = g.delta + scratch.rows;
+  g.shift_to_scores = -1.0f / p.scale_log2;
   float* begin = nullptr;
   const OptionalTensor sums = scratch_on(a.q, scratch.dq_sum + scratch.tickets, begin);
   if (scratch.dq_sum > 0) g.dq_sum = begin;
