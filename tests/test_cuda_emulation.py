@@ -160,7 +160,9 @@ def test_scale_of_0(emulated, queries):
     out, lse = emulated.attention_fwd(q, k, v, *settings)
     dq, dk, dv = emulated.attention_bwd(dout, out, lse, q, k, v, *settings)
     torch.testing.assert_close(out.double(), v.double().mean(1, keepdim=True).expand_as(out), atol=2e-3, rtol=1e-2)
-    torch.testing.assert_close(dv.double(), dout.double().sum(1, keepdim=True).expand_as(dv) / 200, atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(
+        dv.double(), dout.double().sum(1, keepdim=True).expand_as(dv) / 200, atol=2e-3, rtol=1e-2
+    )
     assert not dq.any() and not dk.any()
 
 

@@ -151,9 +151,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   Ring<Config::kKeptStages> drawn;
   KeepTransposed<kN> keep;
   QueryWord query;
-  int64_t dq_tile = 0;  // of the sequence's first queries
-  int64_t target = -1,
-          stored = -1;  // where the dQ of the last step belongs, and what lies in shared memory; -1: nowhere
+  // Tiles of dQ: that of the sequence's first queries, of the last step, and of what lies in shared memory; -1: none.
+  int64_t dq_tile = 0, target = -1, stored = -1;
   const Turns<Config::kWarpgroups> turns(warpgroup);
 
   auto pair_of = [&](uint32_t rows, int n) {  // the values of this lane's two queries in fragment n
