@@ -79,6 +79,21 @@ def test_random_layout(layout_heads, block_size, causal, target):
     check(q, k, v, layout=random_layout(513, 449, block_size, layout_heads, q.device), causal=causal)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128], ids=lambda d: f"D{d}")
+@pytest.mark.parametrize("mask", ["causal", "kv_range", "layout"])
+def test_many_tiles(mask, head_dim, one_dtype):
+    """More tiles than a GPU takes at once, so that each CTA walks several, some of which nobody sees."""
+    device = one_dtype["device"]
+    heads = 16 if device.type == "cuda" else 1
+    q, k, v = random_qkv(390, 449, batch=6, heads=heads, head_dim=head_dim, **one_dtype)
+    options = {
+        "causal": {"causal": True},
+        "kv_range": {"kv_range": int32([[0, 449], [0, 60], [130, 380], [9, 9], [448, 449], [0, 257]], device)},
+        "layout": {"layout": random_layout(390, 449, 128, heads, device, density=0.5)},
+    }
+    check(q, k, v, **options[mask])
+
+
 @pytest.mark.parametrize("causal, dropout_p", [(False, 0.0), (True, 0.2)], ids=["full", "causal_dropout"])
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("layout_heads", [1, 2], ids=["shared", "per_head"])
