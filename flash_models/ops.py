@@ -52,8 +52,8 @@ def attention(
         layout: BlockLayout; scores outside its blocks are never computed. Intersects with `causal` and `kv_range`. With
             packed sequences its blocks count from the start of each sequence.
         heads_first: q, k, v are (B, H, S, D) or (H, T, D), as models have them, read in place. Results are as without.
-        deterministic: give bitwise the same gradients in every run, at some cost. Also switched on by
-            `torch.use_deterministic_algorithms`. The output is always bitwise reproducible.
+        deterministic: give bitwise the same gradients in every run, and on a CPU with any number of threads, at some
+            cost. Also switched on by `torch.use_deterministic_algorithms`. The output is always bitwise reproducible.
         return_lse: also return the logarithm of each row's sum of exponentials.
 
     Returns:

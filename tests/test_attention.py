@@ -176,6 +176,21 @@ def test_bitwise_reproducible(deterministic, target):
             assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
 
 
+def test_threads_do_not_matter():
+    """To the output, and to gradients when asked for: a head may be one thread's or many's."""
+    q, k, v = (t.requires_grad_() for t in random_qkv(300, 333, batch=1, heads=2, device="cpu", dtype=torch.float32))
+    dout, threads, results = torch.randn_like(q), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out = attention(q, k, v, causal=True, deterministic=True)
+            results.append([out, *gradients(out, (q, k, v), dout)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def random_case(rng, device):
     """(q, k, v, options of check), a configuration drawn by `rng`."""
     dtype = rng.choice(DTYPES[device.type])

@@ -120,6 +120,7 @@ BackwardScratch backward_scratch_cpu(const AttentionProblem& p);
 BackwardScratch backward_scratch_cuda(const AttentionProblem& p);
 
 // torch's intra-op thread pool: fn(begin, end) over [0, n) in chunks of at least `grain`. Defined in op.cpp.
+int64_t thread_count();
 void parallel_for(int64_t n, int64_t grain, void (*fn)(void* context, int64_t begin, int64_t end), void* context);
 
 }  // namespace flash_models

@@ -72,6 +72,7 @@ struct Work {
   TileKernel kernel;
   int64_t tiles_per_head;
   std::vector<int32_t> order;  // of the tasks, task = (batch * heads + head) * tiles_per_head + tile
+  int64_t more_bytes = 0;      // behind the kernels' workspace
   std::atomic<int64_t> next{0};
 
   int64_t size() const { return static_cast<int64_t>(order.size()); }
@@ -80,7 +81,7 @@ struct Work {
     constexpr std::align_val_t kAlignment{64};
     const auto release = [](void* p) { ::operator delete(p, kAlignment); };
     const std::unique_ptr<void, decltype(release)> workspace(
-        ::operator new(static_cast<size_t>(kernels().workspace_bytes), kAlignment), release);
+        ::operator new(static_cast<size_t>(kernels().workspace_bytes + more_bytes), kAlignment), release);
     for (int64_t at = next++; at < size(); at = next++) {
       const int64_t task = order[at];
       const Head head = make_head(problem, gradients, task / tiles_per_head);
@@ -126,7 +127,29 @@ void attention_fwd_cpu(const AttentionProblem& p) {
   run_tiles(work);
 }
 
+// The whole head, by one thread. Workspace: the kernels', then dq_sum.
+void backward_head(const Head& resolved, int64_t, void* workspace) {
+  const CpuKernels& k = kernels();
+  Head head = resolved;
+  head.dq_sum = reinterpret_cast<float*>(static_cast<char*>(workspace) + k.workspace_bytes);
+  std::fill_n(head.dq_sum, head.q_len * k.max_tile, 0.0f);
+  const auto each = [&](int64_t tokens, TileKernel kernel) {
+    for (int64_t tile = 0; tile * head.tile < tokens; ++tile) kernel(head, tile, workspace);
+  };
+  each(head.q_len, k.backward_rows);
+  each(head.k_len, k.backward_keys);
+  each(head.q_len, k.backward_store);
+}
+
 void attention_bwd_cpu(const AttentionProblem& p, const AttentionGradients& g) {
+  const int64_t heads = p.batch * p.heads, threads = thread_count();
+  // At most an eighth of the threads' time is lost to heads that do not divide evenly; two sweeps lose two sevenths.
+  if (!p.deterministic && (heads % threads == 0 || heads >= 8 * threads)) {
+    const int64_t floats = (p.seqlen_q + 64) * kernels().max_tile;  // the products write a few rows more
+    Work whole{p, &g, backward_head, 1, longest_first(p, {}, 1, false), 4 * floats};
+    run_tiles(whole);
+    return;
+  }
   const int64_t q_tiles = tiles_of(p, p.seqlen_q), k_tiles = tiles_of(p, p.seqlen_k);
   Work queries{p, &g, kernels().backward_queries, q_tiles, longest_first(p, p.rows, q_tiles, true)};
   run_tiles(queries);

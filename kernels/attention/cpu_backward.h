@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Backward pass: Algorithm 4 of FlashAttention (arXiv 2205.14135) in two sweeps. One owns tiles of queries and sums dQ
-// over the keys, the other owns tiles of keys and sums dK and dV over the queries. Each recomputes the scores, 7
-// products where the paper has 5, so that every gradient has one owner and a fixed order of summation, without scratch
-// in main memory.
+// Backward pass: Algorithm 4 of FlashAttention (arXiv 2205.14135). Where there are heads enough for all threads, each
+// takes whole heads: it owns one tile of keys after the other, sums dK and dV over the queries, and adds to dQ in main
+// memory. Otherwise, and where results may not depend on the number of threads, in two sweeps: one owns tiles of
+// queries and sums dQ over the keys, the other owns tiles of keys. Each recomputes the scores, 7 products instead of 5,
+// so that every gradient has one owner and a fixed order of summation.
 //
 //   P = exp(scale Q K^T - lse)      dP = dO V^T      dS = P (Z dP - delta)      delta = rowsum(dO O)
 //   dV = (P Z)^T dO                 dQ = scale dS K  dK = scale dS^T Q          Z = dropout factors
@@ -20,6 +21,7 @@ struct alignas(64) BackwardWorkspace {
   float d_first[kMaxHeadDim * kLanes], d_second[kMaxHeadDim * kLanes];
   // The tile that passes by: (K, V), or (Q, dO).
   float other_first[kRowTokens * kMaxHeadDim], other_second[kRowTokens * kMaxHeadDim];
+  float own_rows[kLanes * kLanes];     // K again, for dQ: a key a row
   float scores[kRowTokens * kLanes];   // S, then dS
   float weights[kRowTokens * kLanes];  // dP, then P Z
   float keep[kRowTokens * kLanes];     // Z
@@ -37,6 +39,39 @@ inline void row_products(int dim, int lanes, const float* out, const float* dout
     for (int d = 0; d < dim; ++d) sum += load(out + d * kLanes + lane) * load(dout + d * kLanes + lane);
     store(delta + lane, sum);
   }
+}
+
+// The same for a tile of the head whose dO^T is in w.second; O^T passes through `out`.
+inline void write_delta(const Head& head, int64_t begin, int lanes, float* out, BackwardWorkspace& w) {
+  read_transposed(head, head.out, begin, lanes, 1.0f, out);
+  row_products(head.head_dim, lanes, out, w.second, w.delta);
+  for (int i = 0; i < lanes; ++i) head.delta[begin + i] = w.delta[i];
+}
+
+inline void backward_rows(const Head& head, int64_t tile, void* workspace) {
+  BackwardWorkspace& w = *static_cast<BackwardWorkspace*>(workspace);
+  const int64_t begin = tile * head.tile;
+  if (begin >= head.q_len) return;
+  const int lanes = static_cast<int>(min(head.tile, head.q_len - begin));
+  read_transposed(head, head.dout, begin, lanes, 1.0f, w.second);
+  write_delta(head, begin, lanes, w.first, w);
+}
+
+inline void backward_store(const Head& head, int64_t tile, void*) {
+  const int64_t begin = tile * head.tile, end = min(begin + head.tile, head.q_len);
+  for (int64_t i = begin; i < end; ++i) {
+    float* row = head.dq_sum + i * kLanes;
+    for (int d = 0; d < head.head_dim; ++d) row[d] *= head.scale;
+    write_row(head.dtype, head.dq.data, i * head.dq.stride, head.head_dim, row);
+  }
+}
+
+// dQ of the queries of a tile += dS K, of the keys in lanes [first, last).
+inline void add_to_queries(int dim, int rows, int first, int last, BackwardWorkspace& w, float* dq_sum) {
+  for (int i = rows; i % kRows != 0; ++i)  // products are computed of so many rows, and these are other queries'
+    for (int lane = first; lane < last; ++lane) w.scores[i * kLanes + lane] = 0.0f;
+  multiply<Order::kRowMajor, Update::kAdd>(rows, last - first, dim, w.scores + first, kLanes,
+                                           w.own_rows + first * kLanes, dq_sum);
 }
 
 template <Side kOwn>
@@ -68,15 +103,18 @@ inline void backward_tile(const Head& head, int64_t tile, void* workspace) {
   read_transposed(head, kOwnsQueries ? head.dout : head.v, own_begin, lanes, 1.0f, w.second);
 
   int64_t lo = 0, hi = 0;  // tokens of the other side that any of the own ones meets
+  // Own keys outside [first, last) are masked: their lanes gather weights that do not exist.
+  const int first = static_cast<int>(kOwnsQueries ? 0 : max(head.key_lo - own_begin, 0));
+  const int last = static_cast<int>(kOwnsQueries ? lanes : min(head.key_hi - own_begin, lanes));
   if constexpr (kOwnsQueries) {
     lo = head.key_lo, hi = min(head.key_hi, own_begin + lanes + head.reach);
-    read_transposed(head, head.out, own_begin, lanes, 1.0f, w.d_first);
-    row_products(dim, lanes, w.d_first, w.second, w.delta);
-    for (int i = 0; i < lanes; ++i) head.delta[own_begin + i] = w.delta[i];
+    write_delta(head, own_begin, lanes, w.d_first, w);
     for (int i = 0; i < kLanes; ++i) w.lse[i] = i < lanes ? normaliser(head.lse[own_begin + i]) : kInfinity;
   } else {
-    const bool masked = own_begin >= head.key_hi || own_begin + lanes <= head.key_lo;
-    lo = max(0, max(own_begin, head.key_lo) - head.reach), hi = masked ? 0 : head.q_len;
+    lo = max(0, max(own_begin, head.key_lo) - head.reach), hi = first < last ? head.q_len : 0;
+    if (head.dq_sum != nullptr)
+      for (int i = first; i < last; ++i)
+        read_row(head.dtype, head.k.data, (own_begin + i) * head.k.stride, dim, w.own_rows + i * kLanes);
   }
   for (int i = 0; i < dim * kLanes; ++i) w.d_first[i] = w.d_second[i] = 0.0f;
 
@@ -104,16 +142,17 @@ inline void backward_tile(const Head& head, int64_t tile, void* workspace) {
     multiply<Order::kTransposed, Update::kAdd>(dim, rows, lanes, w.other_first, dim, w.scores, w.d_first);
     if constexpr (!kOwnsQueries) {
       multiply<Order::kTransposed, Update::kAdd>(dim, rows, lanes, w.other_second, dim, w.weights, w.d_second);
+      if (head.dq_sum != nullptr) add_to_queries(dim, rows, first, last, w, head.dq_sum + other.begin * kLanes);
     }
   });
 
   for (int i = 0; i < lanes; ++i) {
     if constexpr (kOwnsQueries) {
       write_lane(head, head.dq, own_begin, i, head.scale, w.d_first);
-    } else if (own_begin + i >= head.key_lo && own_begin + i < head.key_hi) {
+    } else if (i >= first && i < last) {
       write_lane(head, head.dk, own_begin, i, head.scale, w.d_first);
       write_lane(head, head.dv, own_begin, i, 1.0f, w.d_second);
-    } else {  // a masked key: its lane has gathered weights that do not exist
+    } else {
       write_zeros(head, head.dk, own_begin, i);
       write_zeros(head, head.dv, own_begin, i);
     }

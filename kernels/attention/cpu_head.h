@@ -25,6 +25,7 @@ struct Head {
   Matrix dout, dq, dk, dv;  // backward only
   float* lse = nullptr;     // one entry per query
   float* delta = nullptr;   // rowsum(dout * out), backward only
+  float* dq_sum = nullptr;  // max_tile floats a query: where one thread sums the dq of the whole head, in one sweep
   DType dtype = DType::kFloat32;
   int head_dim = 0;
   float scale = 1.0f;
@@ -43,13 +44,15 @@ struct Head {
 };
 
 // Computes what tile number `tile` of the head owns: head.tile queries for forward (out, lse) and backward_queries (dq,
-// delta), head.tile keys for backward_keys (dk, dv), which needs the delta of every query.
+// delta), head.tile keys for backward_keys (dk, dv), which needs the delta of every query. In one sweep backward_keys
+// adds to dq_sum, too; before it backward_rows computes delta alone, and after it backward_store dq.
 using TileKernel = void (*)(const Head& head, int64_t tile, void* workspace);
 
 struct CpuKernels {
   int64_t max_tile = 0;         // the largest Head::tile
   int64_t workspace_bytes = 0;  // scratch of one thread, aligned to 64 bytes, need not be initialised
   TileKernel forward = nullptr, backward_queries = nullptr, backward_keys = nullptr;
+  TileKernel backward_rows = nullptr, backward_store = nullptr;
 };
 
 namespace baseline {

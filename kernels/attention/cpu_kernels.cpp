@@ -11,7 +11,8 @@ inline constexpr int64_t kWorkspaceBytes = sizeof(ForwardWorkspace) > sizeof(Bac
                                                ? sizeof(ForwardWorkspace)
                                                : sizeof(BackwardWorkspace);
 
-const CpuKernels kernels{kLanes, kWorkspaceBytes, forward_tile, backward_tile<Side::kQueries>,
-                         backward_tile<Side::kKeys>};
+const CpuKernels kernels{
+    kLanes,        kWorkspaceBytes, forward_tile, backward_tile<Side::kQueries>, backward_tile<Side::kKeys>,
+    backward_rows, backward_store};
 
 }  // namespace flash_models::FM_ISA

@@ -265,6 +265,8 @@ void attention_bwd(StableIValue* values, uint64_t, uint64_t) {
 
 }  // namespace
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 void parallel_for(int64_t n, int64_t grain, void (*fn)(void*, int64_t, int64_t), void* context) {
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { fn(context, begin, end); });
 }
