@@ -127,12 +127,15 @@ void attention_fwd_cpu(const AttentionProblem& p) {
   run_tiles(work);
 }
 
+int64_t dq_stride(int64_t head_dim) { return (head_dim + kDqPad - 1) / kDqPad * kDqPad; }
+
 // The whole head, by one thread. Workspace: the kernels', then dq_sum.
 void backward_head(const Head& resolved, int64_t, void* workspace) {
   const CpuKernels& k = kernels();
   Head head = resolved;
   head.dq_sum = reinterpret_cast<float*>(static_cast<char*>(workspace) + k.workspace_bytes);
-  std::fill_n(head.dq_sum, head.q_len * k.max_tile, 0.0f);
+  head.dq_stride = dq_stride(head.head_dim);
+  std::fill_n(head.dq_sum, head.q_len * head.dq_stride, 0.0f);
   const auto each = [&](int64_t tokens, TileKernel kernel) {
     for (int64_t tile = 0; tile * head.tile < tokens; ++tile) kernel(head, tile, workspace);
   };
@@ -145,7 +148,7 @@ void attention_bwd_cpu(const AttentionProblem& p, const AttentionGradients& g) {
   const int64_t heads = p.batch * p.heads, threads = thread_count();
   // At most an eighth of the threads' time is lost to heads that do not divide evenly; two sweeps lose two sevenths.
   if (!p.deterministic && (heads % threads == 0 || heads >= 8 * threads)) {
-    const int64_t floats = (p.seqlen_q + 64) * kernels().max_tile;  // the products write a few rows more
+    const int64_t floats = (p.seqlen_q + kDqPad) * dq_stride(p.head_dim);
     Work whole{p, &g, backward_head, 1, longest_first(p, {}, 1, false), 4 * floats};
     run_tiles(whole);
     return;

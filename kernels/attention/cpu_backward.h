@@ -60,18 +60,22 @@ inline void backward_rows(const Head& head, int64_t tile, void* workspace) {
 inline void backward_store(const Head& head, int64_t tile, void*) {
   const int64_t begin = tile * head.tile, end = min(begin + head.tile, head.q_len);
   for (int64_t i = begin; i < end; ++i) {
-    float* row = head.dq_sum + i * kLanes;
+    float* row = head.dq_sum + i * head.dq_stride;
     for (int d = 0; d < head.head_dim; ++d) row[d] *= head.scale;
     write_row(head.dtype, head.dq.data, i * head.dq.stride, head.head_dim, row);
   }
 }
 
+static_assert(kDqPad % kPanel == 0 && kDqPad >= kRows);
+
 // dQ of the queries of a tile += dS K, of the keys in lanes [first, last).
-inline void add_to_queries(int dim, int rows, int first, int last, BackwardWorkspace& w, float* dq_sum) {
+inline void add_to_queries(const Head& head, const RowTile& queries, int first, int last, BackwardWorkspace& w) {
+  const int rows = queries.rows;
   for (int i = rows; i % kRows != 0; ++i)  // products are computed of so many rows, and these are other queries'
     for (int lane = first; lane < last; ++lane) w.scores[i * kLanes + lane] = 0.0f;
-  multiply<Order::kRowMajor, Update::kAdd>(rows, last - first, dim, w.scores + first, kLanes,
-                                           w.own_rows + first * kLanes, dq_sum);
+  multiply<Order::kRowMajor, Update::kAdd>(rows, last - first, head.head_dim, w.scores + first, kLanes,
+                                           w.own_rows + first * kLanes, head.dq_sum + queries.begin * head.dq_stride,
+                                           nullptr, head.dq_stride);
 }
 
 template <Side kOwn>
@@ -142,7 +146,7 @@ inline void backward_tile(const Head& head, int64_t tile, void* workspace) {
     multiply<Order::kTransposed, Update::kAdd>(dim, rows, lanes, w.other_first, dim, w.scores, w.d_first);
     if constexpr (!kOwnsQueries) {
       multiply<Order::kTransposed, Update::kAdd>(dim, rows, lanes, w.other_second, dim, w.weights, w.d_second);
-      if (head.dq_sum != nullptr) add_to_queries(dim, rows, first, last, w, head.dq_sum + other.begin * kLanes);
+      if (head.dq_sum != nullptr) add_to_queries(head, other, first, last, w);
     }
   });
 

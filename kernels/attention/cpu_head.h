@@ -20,12 +20,15 @@ struct BlockList {
   const int32_t* index = nullptr;
 };
 
+constexpr int64_t kDqPad = 32;  // the products write whole panels of lanes, and up to so many rows more
+
 struct Head {
   Matrix q, k, v, out;
   Matrix dout, dq, dk, dv;  // backward only
   float* lse = nullptr;     // one entry per query
   float* delta = nullptr;   // rowsum(dout * out), backward only
-  float* dq_sum = nullptr;  // max_tile floats a query: where one thread sums the dq of the whole head, in one sweep
+  float* dq_sum = nullptr;  // where one thread sums the dq of the whole head, in one sweep
+  int64_t dq_stride = 0;    // its floats from query to query: head_dim, rounded up to kDqPad
   DType dtype = DType::kFloat32;
   int head_dim = 0;
   float scale = 1.0f;
