@@ -119,7 +119,7 @@ struct BackwardScratch {
 BackwardScratch backward_scratch_cpu(const AttentionProblem& p);
 BackwardScratch backward_scratch_cuda(const AttentionProblem& p);
 
-// torch's intra-op thread pool: fn(begin, end) over [0, n) in chunks of at least `grain`. Defined in op.cpp.
+// torch's intra-op thread pool, and fn(begin, end) on it over [0, n) in chunks of at least `grain`. Defined in op.cpp.
 int64_t thread_count();
 void parallel_for(int64_t n, int64_t grain, void (*fn)(void* context, int64_t begin, int64_t end), void* context);
 

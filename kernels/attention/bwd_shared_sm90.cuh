@@ -32,19 +32,6 @@ struct KeyNote : TileNote {
   int64_t dq_tile;  // where the sequence's dQ begins, in tiles of 64 rows
 };
 
-// Of a tile of queries: its first one, and what is to be known of it.
-struct QueryWord {
-  static constexpr int kLast = 1, kMasked = 2;  // the last one to walk; not all its pairs attend
-  int word = 0;
-
-  static __device__ __forceinline__ int of(int first, bool last, bool masked) {
-    return first + last * kLast + masked * kMasked;
-  }
-  __device__ __forceinline__ int first() const { return word & ~(kLast | kMasked); }
-  __device__ __forceinline__ bool last() const { return word & kLast; }
-  __device__ __forceinline__ bool masked() const { return word & kMasked; }
-};
-
 //   K [2] | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | dQ of each warp
 //   [16 x kDqDim] | shift | delta [kStages][kTileQ] | bits of dropout | barriers | notes
 //

@@ -108,7 +108,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
       position = walk.next(position + 1);
       const bool masked = !visible.all(q0, k0, Config::kTileK) || q0 + kTileQ > q_len;
       shared.q_ring().await_empty(ring);
-      if (producer.leader) shared.notes().first(stage) = QueryWord::of(q0, position >= walk.count, masked);
+      if (producer.leader) shared.notes().step(stage) = Step::of(q0, position >= walk.count, masked);
       const uint32_t full = shared.q_ring().full(stage);
       ptx::mbarrier_arrive_expect_warp(full, 2 * 4 * kTileQ);
       ptx::bulk_load_warp(shared.shift(stage), g.shift + first_row + q0, 4 * kTileQ, full);
@@ -150,7 +150,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   Ring<1> values;
   Ring<Config::kKeptStages> drawn;
   KeepTransposed<kN> keep;
-  QueryWord query;
+  Step query;
   // Tiles of dQ: that of the sequence's first queries, of the last step, and of what lies in shared memory; -1: none.
   int64_t dq_tile = 0, target = -1, stored = -1;
   const Turns<Config::kWarpgroups> turns(warpgroup);
@@ -160,7 +160,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   };
   auto await_queries = [&] {
     shared.q_ring().await_full(ring);
-    query.word = shared.notes().first(ring.stage);
+    query = shared.notes().step(ring.stage);
   };
   // What products are added to: a value of each query, times `factor`.
   auto preload = [&](auto& acc, uint32_t rows, float factor) {
@@ -238,14 +238,14 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const float2 delta = kDropout ? pair_of(shared.delta(ring.stage), n) : float2{};
-      const float scale = kDropout ? p.keep_scale : 1.0f;
       const uint32_t undropped = pack<T>(-delta.x, -delta.y);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float *prob = scores[0][n] + 2 * half, *dprob = dp[0][n] + 2 * half;
         const uint32_t kept = kDropout ? keep.mask(half, n) : ~0u, probability = pack<T>(prob[0], prob[1]);
-        const uint32_t difference = kDropout ? pack<T>(fmaf(dprob[0], scale, -delta.x), fmaf(dprob[1], scale, -delta.y))
-                                             : pack<T>(dprob[0], dprob[1]);
+        const uint32_t difference =
+            kDropout ? pack<T>(fmaf(dprob[0], p.keep_scale, -delta.x), fmaf(dprob[1], p.keep_scale, -delta.y))
+                     : pack<T>(dprob[0], dprob[1]);
         ds[n / 2][2 * (n % 2) + half] = multiply_pairs<T>(probability, (difference & kept) | (undropped & ~kept));
         probabilities[n / 2][2 * (n % 2) + half] = probability & kept;
       }
@@ -270,21 +270,27 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     store(dv, g.dv, kDropout ? p.keep_scale : 1.0f, 1);
   };
 
-  while (true) {  // a chain of tiles
-    shared.k_ring().await_full(keys);
-    const TileNote note = shared.notes().tile(keys.stage);
-    if (note.last()) break;
+  auto begin_tile = [&] {
     clear(dk);
     clear(dv);
+    dq_tile = shared.notes().tile(keys.stage).dq_tile;
+    await_queries();
+    turns.take();
+  };
+
+  while (true) {  // a chain of tiles
+    shared.k_ring().await_full(keys);
+    const KeyNote& note = shared.notes().tile(keys.stage);
+    if (note.last()) break;
     if (!note.walks()) {
-      store_keys(shared.notes().tile(keys.stage));
+      clear(dk);
+      clear(dv);
+      store_keys(note);
       shared.k_ring().release(keys);
       behind = keys;
       continue;
     }
-    dq_tile = shared.notes().tile(keys.stage).dq_tile;
-    await_queries();
-    turns.take();
+    begin_tile();
     multiply_scores();
     turns.pass();
     differentiate();
@@ -316,11 +322,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
         keys.advance();
         shared.k_ring().await_full(keys);
         if (!shared.notes().tile(keys.stage).walks()) break;
-        clear(dk);
-        clear(dv);
-        dq_tile = shared.notes().tile(keys.stage).dq_tile;
-        await_queries();
-        turns.take();
+        begin_tile();
       }
       multiply_scores();
       turns.pass();

@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "cpu_head.h"
+#include "numbers.h"
 #include "sequence.h"
 
 namespace flash_models {
@@ -117,7 +118,7 @@ void run_tiles(Work& work) {
   parallel_for(work.size(), 1, [](void* context, int64_t, int64_t) { static_cast<Work*>(context)->run(); }, &work);
 }
 
-int64_t tiles_of(const AttentionProblem& p, int64_t seqlen) { return (seqlen + tile_size(p) - 1) / tile_size(p); }
+int64_t tiles_of(const AttentionProblem& p, int64_t seqlen) { return ceil_div(seqlen, tile_size(p)); }
 
 }  // namespace
 
@@ -127,7 +128,7 @@ void attention_fwd_cpu(const AttentionProblem& p) {
   run_tiles(work);
 }
 
-int64_t dq_stride(int64_t head_dim) { return (head_dim + kDqPad - 1) / kDqPad * kDqPad; }
+int64_t dq_stride(int64_t head_dim) { return ceil_div(head_dim, kDqPad) * kDqPad; }
 
 // The whole head, by one thread. Workspace: the kernels', then dq_sum.
 void backward_head(const Head& resolved, int64_t, void* workspace) {

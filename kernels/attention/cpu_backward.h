@@ -51,7 +51,6 @@ inline void write_delta(const Head& head, int64_t begin, int lanes, float* out, 
 inline void backward_rows(const Head& head, int64_t tile, void* workspace) {
   BackwardWorkspace& w = *static_cast<BackwardWorkspace*>(workspace);
   const int64_t begin = tile * head.tile;
-  if (begin >= head.q_len) return;
   const int lanes = static_cast<int>(min(head.tile, head.q_len - begin));
   read_transposed(head, head.dout, begin, lanes, 1.0f, w.second);
   write_delta(head, begin, lanes, w.first, w);

@@ -60,8 +60,7 @@ struct KeptBits {
 };
 
 // The notes from first to last, by a follower: `visit(dropout, tile, first)` with the draws of the head, the number of
-// the tile and the first token of what passes by, plus 1 at the last. The rings are those of the tiles and of what
-// passes by.
+// the tile and the first token of what passes by. The rings are those of the tiles and of what passes by.
 template <int kTiles, int kStages, typename Note, typename Visit>
 __device__ __forceinline__ void follow_notes(const AttentionProblem& p, const Notes<kTiles, kStages, Note>& notes,
                                              const RingBarriers<kTiles>& tile_ring,
@@ -76,10 +75,10 @@ __device__ __forceinline__ void follow_notes(const AttentionProblem& p, const No
     const Dropout dropout(p, note.batch * p.heads + note.head);
     for (bool more = note.walks(); more;) {
       step_ring.await_full(steps);
-      const int first = notes.first(steps.stage);
+      const Step step = notes.step(steps.stage);
       step_ring.release(steps);
-      more = first % 2 == 0;
-      visit(dropout, note.tile, first);
+      more = !step.last();
+      visit(dropout, note.tile, step.first());
     }
   }
 }

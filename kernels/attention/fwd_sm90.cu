@@ -159,7 +159,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Forward
       const bool last = position >= walk.count;
       if (last && producer.leader) ptx::mbarrier_arrive(shared.wanted());
       shared.k_ring().await_empty(ring);
-      if (producer.leader) shared.notes().first(ring.stage) = k0 + last;
+      if (producer.leader) shared.notes().step(ring.stage) = Step::of(k0, last);
       producer.load(shared.k(ring.stage), maps.k, shared.k_ring().full(ring.stage), note.key + k0, note.head, batch);
       shared.v_ring().await_empty(ring);
       producer.load(shared.v(ring.stage), maps.v, shared.v_ring().full(ring.stage), note.key + k0, note.head, batch,
@@ -241,15 +241,15 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     };
 
     if (note.walks()) {
-      int k0 = shared.notes().first(keys.stage);
+      Step step = shared.notes().step(keys.stage);
       shared.k_ring().release(keys);
       take_keep();
-      mask(k0 & ~1);
+      mask(step.first());
       softmax.start(scores, p.scale_log2);
       softmax.relate(scores, p.scale_log2);
       release_finished();
       exponentiate();
-      while (k0 % 2 == 0) {  // not the last
+      while (!step.last()) {
         shared.k_ring().await_full(keys);
         shared.v_ring().await_full(values);
         turns.take();
@@ -257,11 +257,11 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
         multiply_qk();
         multiply_pv();
         turns.pass();
-        k0 = shared.notes().first(keys.stage);
+        step = shared.notes().step(keys.stage);
         take_keep();
         ptx::wgmma_wait<1>();
         shared.k_ring().release(keys);
-        mask(k0 & ~1);
+        mask(step.first());
         softmax.relate(scores, p.scale_log2);
         ptx::wgmma_wait<0>();
         shared.v_ring().release(values);

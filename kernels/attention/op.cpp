@@ -5,6 +5,7 @@
 #include "op.h"
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "numbers.h"

@@ -25,17 +25,29 @@ struct alignas(16) TileNote {
   __device__ __forceinline__ int slot() const { return slot_and_work >> 1; }
 };
 
-// In shared memory: the notes of kTiles tiles, and for each of kStages stages the first token of the tile that passes
-// by, plus 1 if it is the last one to walk.
+// Of a tile that passes by: its first token, a multiple of 32, and in the bits below what else is to be known.
+struct Step {
+  static constexpr int kLast = 1, kMasked = 2;  // the last one to walk; not all its pairs attend (backward)
+  int word = 0;
+
+  static __device__ __forceinline__ Step of(int first, bool last, bool masked = false) {
+    return {first + last * kLast + masked * kMasked};
+  }
+  __device__ __forceinline__ int first() const { return word & ~(kLast | kMasked); }
+  __device__ __forceinline__ bool last() const { return word & kLast; }
+  __device__ __forceinline__ bool masked() const { return word & kMasked; }
+};
+
+// In shared memory: the notes of kTiles tiles, and what passes by in each of kStages stages.
 template <int kTiles, int kStages, typename Note = TileNote>
 struct Notes {
-  static constexpr int kBytes = kTiles * sizeof(Note) + 4 * kStages;
+  static constexpr int kBytes = kTiles * sizeof(Note) + kStages * sizeof(Step);
   uint32_t base;  // a multiple of 16
 
   __device__ __forceinline__ Note& tile(int stage) const {
     return static_cast<Note*>(__cvta_shared_to_generic(base))[stage];
   }
-  __device__ __forceinline__ int& first(int stage) const { return reinterpret_cast<int*>(&tile(kTiles))[stage]; }
+  __device__ __forceinline__ Step& step(int stage) const { return reinterpret_cast<Step*>(&tile(kTiles))[stage]; }
 };
 
 }  // namespace flash_models
