@@ -12,7 +12,7 @@ from ._block_layout import listed_blocks
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_PHILOX_ROUNDS = 7
+_PHILOX_ROUNDS, _MORE_ROUNDS = 7, 3
 _LOW_32_BITS = 0xFFFFFFFF
 
 
@@ -22,14 +22,18 @@ def dropout_threshold(dropout_p):
 
 
 def _philox(counter, key):
-    """Philox4x32 (Salmon et al., SC 2011): four words of 32 random bits from a counter of four words and a key of two.
+    """Philox4x32 (Salmon et al., SC 2011): four words of 32 random bits from a counter of four words and a key of two,
+    before them the four that they become in three more rounds.
 
     Words are int64 tensors holding 0 <= word < 2**32. A product wraps modulo 2**64, whose upper word an arithmetic
     shift and a mask still recover.
     """
+    words = ()
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_PHILOX_ROUNDS):
+    for done in range(_PHILOX_ROUNDS + _MORE_ROUNDS):
+        if done == _PHILOX_ROUNDS:
+            words = c0, c1, c2, c3
         p0, p1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _LOW_32_BITS) ^ c1 ^ k0,
@@ -38,15 +42,15 @@ def _philox(counter, key):
             p0 & _LOW_32_BITS,
         )
         k0, k1 = (k0 + _PHILOX_KEY_STEPS[0]) & _LOW_32_BITS, (k1 + _PHILOX_KEY_STEPS[1]) & _LOW_32_BITS
-    return c0, c1, c2, c3
+    return c0, c1, c2, c3, *words
 
 
 def dropout_mask(rng_state, dropout_p, batch, heads, seqlen_q, seqlen_k, *, first_sequence=0):
     """Entries of the attention matrix that dropout keeps: bool (batch, heads, seqlen_q, seqlen_k).
 
     A function of `rng_state` (int64 (2,): seed, offset) and of the entry's sequence, head, row and column alone.
-    Two Philox calls serve the 32 entries that one lane of a warp holds of a 32 x 32 tile (kernels/attention/dropout.h):
-    rows r, r + 8, r + 16, r + 24 of the tile and columns 2c, 2c + 1 of each of its four groups of 8. Each of their 8
+    One Philox call serves the 32 entries that one lane of a warp holds of a 32 x 32 tile (kernels/attention/dropout.h):
+    rows r, r + 8, r + 16, r + 24 of the tile and columns 2c, 2c + 1 of each of its four groups of 8. Each of the 8
     words has one bit of every entry's number, the highest first. `first_sequence` is the number of the first sequence
     of the batch.
     """
@@ -59,10 +63,9 @@ def dropout_mask(rng_state, dropout_p, batch, heads, seqlen_q, seqlen_k, *, firs
     sequence_head = axis(batch * heads, 0) + first_sequence * heads
     key = rng_state[0] & _LOW_32_BITS, (rng_state[0] >> 32) & _LOW_32_BITS
     drawn = 0  # (batch * heads, row_tiles, col_tiles, 32 lanes, 32 entries)
-    for call in range(2):
-        lane = axis(col_tiles, 2, 64) + axis(32, 3) + 32 * call
-        for word in _philox((lane, axis(row_tiles, 1), sequence_head, rng_state[1] & _LOW_32_BITS), key):
-            drawn = 2 * drawn + ((word[..., None] >> torch.arange(32, device=device)) & 1)
+    lane = axis(col_tiles, 2, 32) + axis(32, 3)
+    for word in _philox((lane, axis(row_tiles, 1), sequence_head, rng_state[1] & _LOW_32_BITS), key):
+        drawn = 2 * drawn + ((word[..., None] >> torch.arange(32, device=device)) & 1)
     # lane = (row % 8, column pair); entry = byte (row half, column parity), bits from the top (row // 16, column group)
     drawn = drawn.view(batch * heads, row_tiles, col_tiles, 8, 4, 2, 2, 8).flip(-1).unflatten(-1, (2, 4))
     drawn = drawn.permute(0, 1, 7, 5, 3, 2, 8, 4, 6)

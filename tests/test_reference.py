@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition itself: against PyTorch's attention, scalar Philox, finite differences and the ops' argument lists."""
 
+import itertools
 import math
 
 import pytest
@@ -55,13 +56,14 @@ def test_definition_is_differentiable(device):
 
 
 def philox_by_hand(counter, key):
-    """Philox4x32-7 in Python integers."""
-    c, k = list(counter), list(key)
-    for _ in range(7):
+    """Philox4x32 in Python integers: its words after ten rounds, and after seven."""
+    c, k, words = list(counter), list(key), []
+    for done in range(10):
+        words += c if done == 7 else []
         p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c
+    return c + words
 
 
 def test_dropout_mask_by_hand(device):
@@ -69,14 +71,9 @@ def test_dropout_mask_by_hand(device):
     mask = dropout_mask(torch.tensor([SEED, offset], device=device), 0.3, batch, heads, seqlen_q, seqlen_k)
     assert mask.shape == (batch, heads, seqlen_q, seqlen_k)
     for b, h, row, col in torch.cartesian_prod(*(torch.arange(n) for n in mask.shape)).tolist():
-        lane = (col // 32) * 64 + (row % 8) * 4 + (col % 8) // 2
-        words = [
-            word
-            for counter in (lane, lane + 32)
-            for word in philox_by_hand(
-                (counter, row // 32, b * heads + h, offset & 0xFFFFFFFF), (SEED & 0xFFFFFFFF, (SEED >> 32) & 0xFFFFFFFF)
-            )
-        ]
+        lane = (col // 32) * 32 + (row % 8) * 4 + (col % 8) // 2
+        counter = lane, row // 32, b * heads + h, offset & 0xFFFFFFFF
+        words = philox_by_hand(counter, (SEED & 0xFFFFFFFF, SEED >> 32 & 0xFFFFFFFF))
         bit = 8 * ((row % 16) // 8 * 2 + col % 2) + 7 - (row % 32 // 16 * 4 + col % 32 // 8)
         number = sum((word >> bit & 1) << (7 - place) for place, word in enumerate(words))
         assert mask[b, h, row, col].item() == (number >= 77), (b, h, row, col)  # round(256 * 0.3)
@@ -91,6 +88,20 @@ def test_dropout_mask_is_fair_and_independent(device):
         assert (kept - 0.75).abs().max() < 6 * deviation
     other = dropout_mask(torch.tensor([SEED, 1], device=device), 0.25, 4, 4, 256, 256).double()
     assert abs((mask * other).mean() - 0.75**2) < 6 * 0.5 / math.sqrt(mask.numel())
+
+
+def test_dropout_numbers_are_uniform_and_independent(device):
+    """All 8 bits of them: how often each of 256 numbers comes, and each pair of what two neighbours drop."""
+    rng_state = torch.tensor([SEED, 3], device=device)
+    kept = [dropout_mask(rng_state, n / 256, 2, 2, 256, 256) for n in range(256)]
+    counts = torch.stack([a.sum() - b.sum() for a, b in itertools.pairwise([*kept, torch.zeros(())])]).double()
+    expected = kept[0].numel() / 256
+    assert abs(((counts - expected) ** 2 / expected).sum() - 255) < 6 * math.sqrt(2 * 255)
+    dropped = ~kept[26]
+    for dims, step in ((-1, 1), (-2, 1), (-1, 8), (-2, 8), (-2, 16), (-2, 32), (-1, 32)):
+        pairs = (dropped & dropped.roll(step, dims)).double().mean()
+        p = 26 / 256
+        assert abs(pairs - p * p) < 6 * p * math.sqrt((1 - p * p) / dropped.numel())
 
 
 @pytest.mark.parametrize("p, threshold", [(0.0, 0), (0.001, 0), (0.1, 26), (0.5, 128), (0.999, 255), (1.0, 255)])

@@ -74,11 +74,11 @@ struct AttentionProblem {
 // The backward pass also reads p.out and p.lse.
 struct AttentionGradients {
   View dout, dq, dk, dv;
-  float* delta = nullptr;         // scratch, BackwardScratch::rows floats: rowsum(dout * out)
-  float* shift = nullptr;         // the same: lse * log2(e), in the form that the CUDA kernels subtract
-  float shift_to_scores = -1.0f;  // -1 / scale_log2
-  float* dq_sum = nullptr;        // scratch, BackwardScratch::dq_sum floats; nullptr when that is 0
-  int32_t* ticket = nullptr;      // scratch: the next key tile of a CTA
+  float* delta = nullptr;     // scratch, BackwardScratch::rows floats: rowsum(dout * out)
+  float* shift = nullptr;     // the same: lse * log2(e), in the form that the CUDA kernels subtract
+  void* starts = nullptr;     // scratch, BackwardScratch::starts rows of 16 bytes (starts.cuh); nullptr when 0
+  float* dq_sum = nullptr;    // scratch, BackwardScratch::dq_sum floats; nullptr when that is 0
+  int32_t* ticket = nullptr;  // scratch: the next key tile of a CTA
 };
 
 // One sequence of the batch, as both backends see it.
@@ -114,7 +114,7 @@ int64_t forward_scratch_cuda(const AttentionProblem& p);
 // Floats of scratch that a backward pass needs: a value a row, twice; what dq is added up in across CTAs, which is
 // nothing on the CPU and in deterministic mode; the counter of work items; and partial dk and dv.
 struct BackwardScratch {
-  int64_t rows, dq_sum, tickets, partial;
+  int64_t rows, starts, dq_sum, tickets, partial;
 };
 BackwardScratch backward_scratch_cpu(const AttentionProblem& p);
 BackwardScratch backward_scratch_cuda(const AttentionProblem& p);

@@ -7,6 +7,7 @@
 #include "dispatch.cuh"
 #include "row_tiles.cuh"
 #include "softmax.cuh"
+#include "starts.cuh"
 
 namespace flash_models {
 namespace {
@@ -59,6 +60,9 @@ __global__ void __launch_bounds__(kThreads)
     const float lse = valid ? p.lse[lse_offset(p, s, batch, head) + row] : -INFINITY;
     g.delta[item] = sum;
     g.shift[item] = lse == -INFINITY ? INFINITY : lse * kLog2e;
+    // The largest number's part would be infinite, of which a product makes NaN.
+    if (g.starts != nullptr)
+      static_cast<Starts*>(g.starts)[item] = starts_of(lse == -INFINITY ? -1e38f : -lse * kLog2e / p.scale_log2, -sum);
   }
 }
 

@@ -16,7 +16,8 @@ struct BackwardConfig {
   static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kKeptStages = kDim <= 64 ? 2 : 1;
   static constexpr int kCtasPerSm = kWarpgroups == 1 ? 2 : 1;
-  static constexpr bool kStoresAtOnce = kTileQ == 64 && !kDropout;  // dS^T, where registers suffice
+  static constexpr bool kDqFirst = kTileQ < kTileK;                 // of a step's products; else dV
+  static constexpr int kTurns = kTileQ < kTileK ? kWarpgroups : 1;  // turns.cuh; 1: none
   // A warpgroup's share of dQ: 64 of a tile's queries, or, where a tile has only 64, some of the columns.
   static constexpr int kDqDim = kTileQ == kTileK ? kDim : kDim / kWarpgroups;
   static constexpr int kProducerRegisters = kWarpgroups == 2 && !kDropout ? 40 : 56;
@@ -33,7 +34,7 @@ struct KeyNote : TileNote {
 };
 
 //   K [2] | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | dQ of each warp
-//   [16 x kDqDim] | shift | delta [kStages][kTileQ] | bits of dropout | barriers | notes
+//   [16 x kDqDim] | values of rows [kStages][kTileQ] | bits of dropout | barriers | notes
 //
 // The next tile's K comes during this one, its V once the last dP^T of this one has been computed.
 template <typename T, typename Config>
@@ -43,16 +44,18 @@ struct BackwardShared {
   using Query = PanelTile<T, kTileQ, Config::kDim>;
   using Scores = PanelTile<T, Config::kTileK, kTileQ>;
   using Kept = KeptBits<kWarps, Config::kTileK / 32, kTileQ / 32, Config::kKeptStages>;
+  static constexpr int kRowsBytes = kTileQ * (Config::kDropout ? 8 : 16);  // shift and delta, or starts.cuh's
   static constexpr int kQueries = 3 * Key::kBytes, kScores = kQueries + 2 * kStages * Query::kBytes;
   static constexpr int kDq = kScores + 2 * Scores::kBytes, kWarpDqBytes = 16 * Config::kDqDim * 4;
-  static constexpr int kRows = kDq + kWarps * kWarpDqBytes, kKept = kRows + 2 * kStages * kTileQ * 4;
-  static constexpr int kBarriers = kKept + Kept::kBytes;
+  static constexpr int kRows = kDq + kWarps * kWarpDqBytes, kKept = kRows + kStages * kRowsBytes;
+  static constexpr int kBarriers = kKept + (Config::kDropout ? Kept::kBytes : 0);
   using KeyRing = RingBarriers<2>;
   using ValueRing = RingBarriers<1>;
   using QueryRing = RingBarriers<kStages>;
   static constexpr int kRings = KeyRing::kBytes + ValueRing::kBytes + 3 * QueryRing::kBytes + Kept::Barriers::kBytes;
   static constexpr int kNotes = (kBarriers + 8 + kRings + 15) / 16 * 16;
   static constexpr int kBytes = kNotes + Notes<2, kStages, KeyNote>::kBytes;
+  static_assert(kBytes <= shared_bytes(Config::kCtasPerSm));
   uint32_t base;
 
   __device__ __forceinline__ Key k(int stage) const { return {base + stage * Key::kBytes}; }
@@ -61,8 +64,9 @@ struct BackwardShared {
   __device__ __forceinline__ Query dout(int stage) const { return q(kStages + stage); }
   __device__ __forceinline__ Scores ds(int buffer) const { return {base + kScores + buffer * Scores::kBytes}; }
   __device__ __forceinline__ uint32_t dq(int warp) const { return base + kDq + warp * kWarpDqBytes; }
-  __device__ __forceinline__ uint32_t shift(int stage) const { return base + kRows + stage * kTileQ * 4; }
-  __device__ __forceinline__ uint32_t delta(int stage) const { return shift(kStages + stage); }
+  __device__ __forceinline__ NarrowTile<kTileQ> starts(int stage) const { return {base + kRows + stage * kRowsBytes}; }
+  __device__ __forceinline__ uint32_t shift(int stage) const { return starts(stage).base; }
+  __device__ __forceinline__ uint32_t delta(int stage) const { return shift(stage) + 4 * kTileQ; }
 
   __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
   __device__ __forceinline__ QueryRing ds_ring() const { return {raw() + 8}; }
@@ -81,7 +85,7 @@ struct BackwardShared {
     ds_ring().init(kReaders, kReaders);
     k_ring().init(1, kNoteReaders);
     v_ring().init(1, kReaders);
-    q_ring().init(2, kNoteReaders);  // Q; shift and delta
+    q_ring().init(2, kNoteReaders);  // Q; values of rows
     dout_ring().init(1, kReaders);
     kept().init_barriers();
     ptx::mbarrier_init_fence();

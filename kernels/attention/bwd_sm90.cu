@@ -29,6 +29,7 @@
 #include "partial.cuh"
 #include "row_tiles.cuh"
 #include "softmax.cuh"
+#include "starts.cuh"
 #include "store_dq.cuh"
 #include "turns.cuh"
 
@@ -96,7 +97,10 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
     shared.k_ring().await_empty(keys);
     if (producer.leader) shared.notes().tile(keys.stage) = {note, visible, q_len, rows, key, first_row / 64};
     const int lo = visible.lo - k0, hi = visible.hi - k0;
-    producer.load(shared.k(keys.stage), maps.k, shared.k_ring().full(keys.stage), key, head, batch, lo, hi);
+    if (walks)
+      producer.load(shared.k(keys.stage), maps.k, shared.k_ring().full(keys.stage), key, head, batch, lo, hi);
+    else if (producer.leader)
+      ptx::mbarrier_arrive(shared.k_ring().full(keys.stage));
     keys.advance();
     if (walks) {
       shared.v_ring().await_empty(values);
@@ -110,9 +114,14 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
       shared.q_ring().await_empty(ring);
       if (producer.leader) shared.notes().step(stage) = Step::of(q0, position >= walk.count, masked);
       const uint32_t full = shared.q_ring().full(stage);
-      ptx::mbarrier_arrive_expect_warp(full, 2 * 4 * kTileQ);
-      ptx::bulk_load_warp(shared.shift(stage), g.shift + first_row + q0, 4 * kTileQ, full);
-      ptx::bulk_load_warp(shared.delta(stage), g.delta + first_row + q0, 4 * kTileQ, full);
+      ptx::mbarrier_arrive_expect_warp(full, BackwardShared<T, Config>::kRowsBytes);
+      if constexpr (Config::kDropout) {
+        ptx::bulk_load_warp(shared.shift(stage), g.shift + first_row + q0, 4 * kTileQ, full);
+        ptx::bulk_load_warp(shared.delta(stage), g.delta + first_row + q0, 4 * kTileQ, full);
+      } else {
+        ptx::bulk_load_warp(shared.starts(stage).base, static_cast<const Starts*>(g.starts) + first_row + q0,
+                            16 * kTileQ, full);
+      }
       producer.load(shared.q(stage), maps.q, shared.q_ring().full(stage), q_begin + q0, head, batch, 0, q_len - q0);
       shared.dout_ring().await_empty(ring);
       producer.load(shared.dout(stage), maps.dout, shared.dout_ring().full(stage), q_begin + q0, head, batch, 0,
@@ -145,6 +154,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
 
   float scores[1][kN][4], dp[1][kN][4], dk[1][kDim / 8][4], dv[1][kDim / 8][4], dq[1][kDqDim / 8][4];
   uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
+  uint32_t value[4];  // 16 columns of V, which shared memory need not be read for: registers do not suffice for more
   Ring<Config::kStages> ring;
   Ring<2> keys, behind;  // those of the scores; those of dQ
   Ring<1> values;
@@ -153,7 +163,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
   Step query;
   // Tiles of dQ: that of the sequence's first queries, of the last step, and of what lies in shared memory; -1: none.
   int64_t dq_tile = 0, target = -1, stored = -1;
-  const Turns<Config::kWarpgroups> turns(warpgroup);
+  const Turns<Config::kTurns> turns(warpgroup);
 
   auto pair_of = [&](uint32_t rows, int n) {  // the values of this lane's two queries in fragment n
     return *static_cast<const float2*>(__cvta_shared_to_generic(rows + 4 * (8 * n + lane.col)));
@@ -162,32 +172,27 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     shared.q_ring().await_full(ring);
     query = shared.notes().step(ring.stage);
   };
-  // What products are added to: a value of each query, times `factor`.
-  auto preload = [&](auto& acc, uint32_t rows, float factor) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const float2 x = pair_of(rows, n);
-      acc[0][n][0] = acc[0][n][2] = x.x * factor;
-      acc[0][n][1] = acc[0][n][3] = x.y * factor;
-    }
-  };
-  // Issues S^T - shift / (scale log2(e)) and dP^T - delta: the accumulators start from what would else be subtracted,
-  // and reading it delays no exponential. With dropout, which needs delta apart, they start from 0.
+  // Issues S^T - shift / (scale log2(e)) and dP^T - delta. With dropout, which needs delta apart, S^T and dP^T.
   auto multiply_scores = [&] {
-    if constexpr (!kDropout) {
-      preload(scores, shared.shift(ring.stage), g.shift_to_scores);
-      preload(dp, shared.delta(ring.stage), -1.0f);
-    }
     ptx::wgmma_fence();
+    if constexpr (!kDropout) start_from(scores, shared.starts(ring.stage), 0, lane);
     multiply_rows<T>(scores, shared.k(keys.stage), 64 * warpgroup, shared.q(ring.stage), !kDropout);
     ptx::wgmma_commit();
-    shared.v_ring().await_full(values);
+    if constexpr (kDropout) shared.v_ring().await_full(values);
     shared.dout_ring().await_full(ring);
     ptx::wgmma_fence();
-    multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(ring.stage), !kDropout);
+    if constexpr (!kDropout) {
+      start_from(dp, shared.starts(ring.stage), 1, lane);
+      ptx::wgmma<T, false>(dp, value, shared.dout(ring.stage).by_rows(0, 0), true);
+    }
+    multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(ring.stage), !kDropout, kDropout ? 0 : 16);
     ptx::wgmma_commit();
   };
-  // Of the last step, whose dS^T lies in the other buffer.
+  auto multiply_dv = [&] {
+    ptx::wgmma_fence();
+    multiply_columns<T>(dv, probabilities, shared.dout(ring.stage), true);
+  };
+  // Of the last step, whose dS^T lies in the other buffer; in vain where the chain begins.
   auto multiply_dq = [&] {
     static_assert(Config::kStages == 2);
     if (target >= 0) shared.ds_ring().await_full({ring.stage ^ 1, ring.parity ^ (ring.stage == 0)});
@@ -249,7 +254,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
         ds[n / 2][2 * (n % 2) + half] = multiply_pairs<T>(probability, (difference & kept) | (undropped & ~kept));
         probabilities[n / 2][2 * (n % 2) + half] = probability & kept;
       }
-      if (Config::kStoresAtOnce && n % 2 == 1) store_ds(n / 2);
+      if (!kDropout && n % 2 == 1) store_ds(n / 2);
     }
     if (query.last()) shared.v_ring().release(values);
   };
@@ -275,6 +280,10 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     clear(dv);
     dq_tile = shared.notes().tile(keys.stage).dq_tile;
     await_queries();
+    if constexpr (!kDropout) {
+      shared.v_ring().await_full(values);
+      shared.v().load_operand(row0, 0, value, lane.id);
+    }
     turns.take();
   };
 
@@ -297,14 +306,14 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     while (true) {
       const int q0 = query.first(), stage = ring.stage;
       const bool last = query.last();
+      if constexpr (kDropout)  // else at once, but registers do not suffice
 #pragma unroll
-      for (int k = 0; k < kN / 2; ++k)
-        if constexpr (!Config::kStoresAtOnce) store_ds(k);
-      ptx::fence_proxy_async();
-      ptx::mbarrier_arrive_warp(shared.ds_ring().full(stage));
+        for (int k = 0; k < kN / 2; ++k) store_ds(k);
       turns.take();
-      multiply_dq();  // in vain where the chain begins
-      multiply_columns<T>(dv, probabilities, shared.dout(stage), true);
+      Config::kDqFirst ? multiply_dq() : multiply_dv();
+      ptx::fence_proxy_async();  // dS^T, which the others need a step later: under a product
+      ptx::mbarrier_arrive_warp(shared.ds_ring().full(stage));
+      Config::kDqFirst ? multiply_dv() : multiply_dq();
       multiply_columns<T>(dk, ds, shared.q(stage), true);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();

@@ -22,11 +22,11 @@ bool hopper_backward_fits(const AttentionProblem& p) {
 }  // namespace
 
 BackwardScratch backward_scratch_cuda(const AttentionProblem& p) {
+  const bool hopper = on_hopper(p) && hopper_backward_fits(p);
   const int64_t rows = padded_rows(p), dim = padded_dim(p.head_dim);
-  const int64_t partial = on_hopper(p) && hopper_backward_fits(p)
-                              ? partial_floats(p, p.columns, p.column_items, partial_dkv_floats(dim))
-                              : 0;
-  return {rows, p.deterministic ? 0 : rows * dim, 1, partial};
+  const int64_t starts = hopper && p.rng_state == nullptr ? rows : 0;
+  const int64_t partial = hopper ? partial_floats(p, p.columns, p.column_items, partial_dkv_floats(dim)) : 0;
+  return {rows, starts, p.deterministic ? 0 : rows * dim, 1, partial};
 }
 
 int64_t forward_scratch_cuda(const AttentionProblem& p) {

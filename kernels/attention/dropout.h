@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Counter-based dropout: whether (row, col) is kept depends on the seed, the batch, the head, the row and the column
-// alone, so forward, backward, every tile shape, CPU and CUDA draw the same mask. Two calls of Philox serve the 32
+// alone, so forward, backward, every tile shape, CPU and CUDA draw the same mask. A call of Philox serves the 32
 // elements that one lane of a warp holds of a 32 x 32 patch in the accumulator layout of mma.m16n8 (PTX ISA, "Matrix
 // fragments for mma.m16n8k16").
 //
-// Their 8 words of random bits are a number of 8 bits for each element, a bit from each word, and what is below the
-// threshold is dropped. So all 32 are compared at once, and a word with a bit for each results.
+// Its 4 words of random bits, and the 4 that they become in three more rounds, are a number of 8 bits for each element,
+// a bit from each word, and what is below the threshold is dropped. So all 32 are compared at once, and a word with a
+// bit for each results. The earlier words are the lower 4 bits, which decide where the upper ones equal the
+// threshold's, for one element of 16: they need not be as random as words of another call. (With two more rounds
+// numbers are uniform, and those of different elements independent, as far as 2^26 of them show; with one they are
+// not.)
 #pragma once
 
 #include <cstdint>
@@ -36,26 +40,21 @@ struct Dropout {
   // lane (row % 8) * 4 + (col % 8) / 2; its bit is number 7 - (row % 32 / 16 * 4 + col % 32 / 8) of byte
   // row % 16 / 8 * 2 + col % 2.
   FM_HOST_DEVICE uint32_t kept(int64_t row_patch, int64_t col_patch, int lane) const {
-    const uint32_t column = static_cast<uint32_t>(col_patch * 64 + lane), row = static_cast<uint32_t>(row_patch);
-    Philox high{{column, row, batch_head, offset}}, low{{column + 32, row, batch_head, offset}};
-    PhiloxKey key(seed);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-    for (int round = 0; round < Philox::kRounds; ++round) {
-      high.round(key.low, key.high);
-      low.round(key.low, key.high);
-      key.advance();
-    }
+    Philox drawn(static_cast<uint32_t>(col_patch * 32 + lane), static_cast<uint32_t>(row_patch), batch_head, offset,
+                 seed);
     // number >= threshold, from the lowest bit up: a bit that equals the threshold's leaves it to the lower ones
     uint32_t kept = ~0u;
+    auto compare = [&](const uint32_t* zeros_of_4) {
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-    for (int bit = 7; bit >= 0; --bit) {
-      const uint32_t drawn = bit < 4 ? high.word[bit] : low.word[bit - 4];
-      kept = (drawn & kept) | ((drawn | kept) & zeros[bit]);  // the majority of the three
-    }
+      for (int bit = 3; bit >= 0; --bit)  // the majority of the three
+        kept = (drawn.word[bit] & kept) | ((drawn.word[bit] | kept) & zeros_of_4[bit]);
+    };
+    drawn.rounds<Philox::kRounds>();
+    compare(zeros + 4);
+    drawn.rounds<3>();
+    compare(zeros);
     return kept;
   }
 };

@@ -246,15 +246,16 @@ void attention_bwd(StableIValue* values, uint64_t, uint64_t) {
                dk = result_on(a.q, key_shape(p), dtype, a.packed(), a.heads_first),
                dv = result_on(a.q, key_shape(p), dtype, a.packed(), a.heads_first);
   const BackwardScratch scratch = kScratch(p);
-  const Tensor rows = empty_on(a.q, {2, scratch.rows}, ScalarType::Float);
+  const Tensor rows = empty_on(a.q, {2 * scratch.rows + 4 * scratch.starts}, ScalarType::Float);
   AttentionGradients g;
   g.dout = view_of(dout, "dout", results);
   g.dq = view_of(dq, "dq", inputs);
   g.dk = view_of(dk, "dk", inputs);
   g.dv = view_of(dv, "dv", inputs);
-  g.delta = static_cast<float*>(rows.mutable_data_ptr());
+  float* row_values = static_cast<float*>(rows.mutable_data_ptr());
+  if (scratch.starts > 0) g.starts = row_values;
+  g.delta = row_values + 4 * scratch.starts;
   g.shift = g.delta + scratch.rows;
-  g.shift_to_scores = -1.0f / p.scale_log2;
   float* begin = nullptr;
   const OptionalTensor sums = scratch_on(a.q, scratch.dq_sum + scratch.tickets, begin);
   if (scratch.dq_sum > 0) g.dq_sum = begin;

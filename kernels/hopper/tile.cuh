@@ -29,7 +29,7 @@ struct PanelTile {
       ptx::tma_load_warp(base + panel * kPanelBytes, map, barrier, panel * kPanelDim, seq, head, batch);
   }
 
-  // Writes zeros to rows [first, last), by one warp.
+  // Writes zeros to rows [first, last), if there are any, by one warp.
   __device__ __forceinline__ void zero_rows(int first, int last) const {
     const int chunks = (last - first) * (kRowBytes / 16);
 #pragma unroll
@@ -52,6 +52,11 @@ struct PanelTile {
   // Writes a warp's A operand (16 x 16) to rows row0 .. and columns column0 ...
   __device__ __forceinline__ void store_operand(int row0, int column0, const uint32_t (&a)[4], int lane) const {
     ptx::stmatrix(chunk(column0 / kPanelDim, row0 + lane % 16, column0 % kPanelDim / 8 + lane / 16), a);
+  }
+
+  // Reads such an operand.
+  __device__ __forceinline__ void load_operand(int row0, int column0, uint32_t (&a)[4], int lane) const {
+    ptx::ldmatrix(a, chunk(column0 / kPanelDim, row0 + lane % 16, column0 % kPanelDim / 8 + lane / 16));
   }
 
   // Starts the copy of rows row0 .. to global rows seq .., by one warp: as many as the boxes of `map` have.
@@ -88,6 +93,15 @@ struct PanelTile {
   }
 };
 
+// Rows of eight columns, 16 bytes, without a swizzle.
+template <int kRows>
+struct NarrowTile {
+  uint32_t base;  // shared-memory address, a multiple of 16
+
+  // An operand whose depth runs along the rows, and that twice, for it is 16: the other operand has zeros in one half.
+  __device__ __forceinline__ uint64_t by_rows() const { return uint64_t{8} << 32 | base >> 4; }
+};
+
 // Whether setmaxnreg can give each thread of the one producer and the `consumers` warpgroups of a CTA so many
 // registers: it hands around what the launch allotted, no more, and waits for ever for the rest.
 constexpr bool registers_suffice(int ctas_per_sm, int consumers, int of_producer, int of_consumer) {
@@ -121,7 +135,7 @@ struct Producer {
     if (!blank) return;
     ptx::mbarrier_wait(raw, raw_parity);
     raw_parity ^= 1;
-    tile.zero_rows(0, max(first, 0));
+    tile.zero_rows(0, min(first, Tile::kRows));
     tile.zero_rows(max(last, 0), Tile::kRows);
     ptx::fence_proxy_async();
     __syncwarp();
@@ -129,12 +143,13 @@ struct Producer {
   }
 };
 
-// acc (+)= A * B^T, A: rows row0 .. row0 + 63 of `a`, B: all rows of `b`. Issues the products of one group.
+// acc (+)= A * B^T, A: rows row0 .. row0 + 63 of `a`, B: all rows of `b`, both from column k0 on. Issues the products
+// of one group.
 template <typename T, typename TileA, typename TileB>
 __device__ __forceinline__ void multiply_rows(float (&acc)[1][TileB::kRows / 8][4], const TileA& a, int row0,
-                                              const TileB& b, bool accumulate = false) {
+                                              const TileB& b, bool accumulate = false, int k0 = 0) {
 #pragma unroll
-  for (int k = 0; k < TileA::kDim; k += 16)
+  for (int k = k0; k < TileA::kDim; k += 16)
     ptx::wgmma<T, false, false>(acc, a.by_rows(row0, k), b.by_rows(0, k), accumulate || k > 0);
 }
 

@@ -70,13 +70,9 @@ __device__ __forceinline__ void store_chunk(const Values& to, int64_t number, co
 // of the seed and the place, so the backward draws it again.
 __device__ __forceinline__ void drop(const RowDropout& dropout, int64_t number, float (&x)[kChunk]) {
   if (dropout.seed == nullptr) return;
-  Philox words{{static_cast<uint32_t>(number), static_cast<uint32_t>(number >> 32), 0, 0}};
-  PhiloxKey key(static_cast<uint64_t>(*dropout.seed));
-#pragma unroll
-  for (int round = 0; round < Philox::kRounds; ++round) {
-    words.round(key.low, key.high);
-    key.advance();
-  }
+  Philox words(static_cast<uint32_t>(number), static_cast<uint32_t>(number >> 32), 0, 0,
+               static_cast<uint64_t>(*dropout.seed));
+  words.rounds<Philox::kRounds>();
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const uint32_t drawn = i % 2 ? words.word[i / 2] >> 16 : words.word[i / 2] & 0xFFFF;
