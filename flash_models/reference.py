@@ -12,7 +12,7 @@ from ._block_layout import listed_blocks
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_PHILOX_ROUNDS, _MORE_ROUNDS = 7, 3
+_PHILOX_ROUNDS = 8
 _LOW_32_BITS = 0xFFFFFFFF
 
 
@@ -23,7 +23,7 @@ def dropout_threshold(dropout_p):
 
 def _philox(counter, key):
     """Philox4x32 (Salmon et al., SC 2011): four words of 32 random bits from a counter of four words and a key of two,
-    before them the four that they become in three more rounds.
+    and behind them what they were two rounds before the end.
 
     Words are int64 tensors holding 0 <= word < 2**32. A product wraps modulo 2**64, whose upper word an arithmetic
     shift and a mask still recover.
@@ -31,8 +31,8 @@ def _philox(counter, key):
     words = ()
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for done in range(_PHILOX_ROUNDS + _MORE_ROUNDS):
-        if done == _PHILOX_ROUNDS:
+    for done in range(_PHILOX_ROUNDS):
+        if done == _PHILOX_ROUNDS - 2:
             words = c0, c1, c2, c3
         p0, p1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
         c0, c1, c2, c3 = (

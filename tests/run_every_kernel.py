@@ -4,7 +4,8 @@
     compute-sanitizer --tool memcheck  python tests/run_every_kernel.py
     compute-sanitizer --tool racecheck python tests/run_every_kernel.py
 
-Lengths are odd, sequences packed and not, so that every edge of a tile is met; the last line counts the calls.
+Lengths are odd, sequences packed or padded at either end, so that every edge of a tile is met, and tiles that nobody
+sees; the last line counts the calls.
 
     python tests/run_every_kernel.py --repeat 10000
 
@@ -26,9 +27,12 @@ DTYPES = torch.bfloat16, torch.float16
 
 
 def training_case(head_dim, dtype, dropout_p, block_size, deterministic, packed, times=1):
-    """A function that calls forward and backward, of three packed sequences, one empty, or two, and returns results."""
+    """A function that calls forward and backward, of three packed sequences, one empty, or two padded ones, and returns
+    results.
+    """
     offsets = times * torch.tensor([0, 70, 70, 199], dtype=torch.int32, device="cuda") if packed else None
     longest = times * 129
+    kv_range = None if packed else times * torch.tensor([[0, 40], [128, 129]], dtype=torch.int32, device="cuda")
     shape = (int(offsets[-1]), 2, head_dim) if packed else (2, longest, 2, head_dim)
     q, k, v = (torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     dout = torch.randn(shape, device="cuda", dtype=dtype)
@@ -39,7 +43,8 @@ def training_case(head_dim, dtype, dropout_p, block_size, deterministic, packed,
         torch.manual_seed(0)
         out = flash_models.attention(
             q, k, v, causal=block_size == 64, dropout_p=dropout_p, cu_seqlens_q=offsets, cu_seqlens_k=offsets,
-            max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, layout=layout, deterministic=deterministic,
+            max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, kv_range=kv_range, layout=layout,
+            deterministic=deterministic,
         )  # fmt: skip
         return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 

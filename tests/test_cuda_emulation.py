@@ -48,6 +48,7 @@ CASES = {
     "long-causal": {"seqlens": (390, 390), "causal": True, "dropout_p": 0.1},
     "causal-long-q": {"causal": True, "seqlens": (150, 70)},
     "kv-range": {"kv_range": [[5, 70], [9, 9]], "causal": True},
+    "kv-range-behind": {"seqlens": (150, 450), "kv_range": [[300, 450], [449, 450]]},  # tiles nobody sees come first
     "block-64": {"block_size": 64},
     "block-128-heads": {"block_size": 128, "heads": 2, "seqlens": (203, 257)},
     "block-64-heads-causal": {"block_size": 64, "heads": 2, "causal": True},

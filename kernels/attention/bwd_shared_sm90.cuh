@@ -13,7 +13,7 @@ template <int kDim_, int kWarpgroups_, int kTileQ_, bool kDropout_>
 struct BackwardConfig {
   static constexpr bool kDropout = kDropout_;
   static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileQ = kTileQ_, kTileK = 64 * kWarpgroups;
-  static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kStages = 2, kThreads = 128 * (kWarpgroups + 1);  // no other: dQ is a step behind
   static constexpr int kKeptStages = kDim <= 64 ? 2 : 1;
   static constexpr int kCtasPerSm = kWarpgroups == 1 ? 2 : 1;
   static constexpr bool kDqFirst = kTileQ < kTileK;                 // of a step's products; else dV

@@ -11,15 +11,15 @@
 //      bwd_dq_sm80.cu.
 //
 // A warp that issues products does little else: no more than two are queued. So a consumer issues all of a step in one
-// go, those of the next step's scores behind those of this step's gradients, and the two take turns: the rest of one's
-// step runs under the products of the other. dQ needs the dS^T of both and waits for it until the next step, also where
-// that belongs to other keys: the steps of all tiles are one chain.
+// go, those of the next step's scores behind those of this step's gradients, and the rest of it runs under the products
+// of the other, with which it takes turns at head dim 128. dQ needs the dS^T of both and waits for it until the next
+// step, also where that belongs to other keys: the steps of all tiles are one chain.
 //
 //   tensor cores   dQ of the last step, dV, dK | S^T, dP^T of the next step |                      | dQ, dV, dK ...
 //   other units                       store dQ |                            | add dQ, P^T and dS^T | (the other's turn)
 //
 //   shared memory   bwd_shared_sm90.cuh
-//   registers       S^T, dP^T 64 x kTileQ, dK, dV 64 x kDim, dQ 64 x kDqDim, fp32, per warpgroup
+//   registers       S^T, dP^T 64 x kTileQ, dK, dV 64 x kDim, dQ 64 x kDqDim, fp32, of a warpgroup; 16 columns of V
 //   barriers        full, empty: as in fwd_sm90.cu; of dS^T, full: all consumers have written it
 #include <algorithm>
 
@@ -97,35 +97,33 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
     shared.k_ring().await_empty(keys);
     if (producer.leader) shared.notes().tile(keys.stage) = {note, visible, q_len, rows, key, first_row / 64};
     const int lo = visible.lo - k0, hi = visible.hi - k0;
-    if (walks)
-      producer.load(shared.k(keys.stage), maps.k, shared.k_ring().full(keys.stage), key, head, batch, lo, hi);
-    else if (producer.leader)
-      ptx::mbarrier_arrive(shared.k_ring().full(keys.stage));
-    keys.advance();
     if (walks) {
+      producer.load(shared.k(keys.stage), maps.k, shared.k_ring().full(keys.stage), key, head, batch, lo, hi);
       shared.v_ring().await_empty(values);
       producer.load(shared.v(), maps.v, shared.v_ring().full(values.stage), key, head, batch, lo, hi);
       values.advance();
+    } else if (producer.leader) {
+      ptx::mbarrier_arrive(shared.k_ring().full(keys.stage));
     }
+    keys.advance();
     for (; position < walk.count; ring.advance()) {
-      const int q0 = walk.tile(position) * kTileQ, stage = ring.stage;
+      const int q0 = walk.tile(position) * kTileQ, stage = ring.stage, token = q_begin + q0, left = q_len - q0;
       position = walk.next(position + 1);
-      const bool masked = !visible.all(q0, k0, Config::kTileK) || q0 + kTileQ > q_len;
+      const bool masked = !visible.all(q0, k0, Config::kTileK) || kTileQ > left;
       shared.q_ring().await_empty(ring);
       if (producer.leader) shared.notes().step(stage) = Step::of(q0, position >= walk.count, masked);
       const uint32_t full = shared.q_ring().full(stage);
+      const int64_t row = first_row + q0;
       ptx::mbarrier_arrive_expect_warp(full, BackwardShared<T, Config>::kRowsBytes);
       if constexpr (Config::kDropout) {
-        ptx::bulk_load_warp(shared.shift(stage), g.shift + first_row + q0, 4 * kTileQ, full);
-        ptx::bulk_load_warp(shared.delta(stage), g.delta + first_row + q0, 4 * kTileQ, full);
+        ptx::bulk_load_warp(shared.shift(stage), g.shift + row, 4 * kTileQ, full);
+        ptx::bulk_load_warp(shared.delta(stage), g.delta + row, 4 * kTileQ, full);
       } else {
-        ptx::bulk_load_warp(shared.starts(stage).base, static_cast<const Starts*>(g.starts) + first_row + q0,
-                            16 * kTileQ, full);
+        ptx::bulk_load_warp(shared.starts(stage).base, static_cast<const Starts*>(g.starts) + row, 16 * kTileQ, full);
       }
-      producer.load(shared.q(stage), maps.q, shared.q_ring().full(stage), q_begin + q0, head, batch, 0, q_len - q0);
+      producer.load(shared.q(stage), maps.q, full, token, head, batch, 0, left);
       shared.dout_ring().await_empty(ring);
-      producer.load(shared.dout(stage), maps.dout, shared.dout_ring().full(stage), q_begin + q0, head, batch, 0,
-                    q_len - q0);
+      producer.load(shared.dout(stage), maps.dout, shared.dout_ring().full(stage), token, head, batch, 0, left);
       if constexpr (Config::kDropout) drawer(dropout, place.tile, q0);
     }
   }
@@ -154,7 +152,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
 
   float scores[1][kN][4], dp[1][kN][4], dk[1][kDim / 8][4], dv[1][kDim / 8][4], dq[1][kDqDim / 8][4];
   uint32_t probabilities[kN / 2][4], ds[kN / 2][4];
-  uint32_t value[4];  // 16 columns of V, which shared memory need not be read for: registers do not suffice for more
+  uint32_t value[4];  // of V, 16 columns that are not read from shared memory again: registers suffice for no more
   Ring<Config::kStages> ring;
   Ring<2> keys, behind;  // those of the scores; those of dQ
   Ring<1> values;
@@ -172,13 +170,13 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     shared.q_ring().await_full(ring);
     query = shared.notes().step(ring.stage);
   };
-  // Issues S^T - shift / (scale log2(e)) and dP^T - delta. With dropout, which needs delta apart, S^T and dP^T.
+  // Issues S^T - shift / (scale log2(e)) and dP^T - delta (starts.cuh). With dropout, which needs delta apart, S^T,
+  // dP^T.
   auto multiply_scores = [&] {
     ptx::wgmma_fence();
     if constexpr (!kDropout) start_from(scores, shared.starts(ring.stage), 0, lane);
     multiply_rows<T>(scores, shared.k(keys.stage), 64 * warpgroup, shared.q(ring.stage), !kDropout);
     ptx::wgmma_commit();
-    if constexpr (kDropout) shared.v_ring().await_full(values);
     shared.dout_ring().await_full(ring);
     ptx::wgmma_fence();
     if constexpr (!kDropout) {
@@ -188,13 +186,9 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     multiply_rows<T>(dp, shared.v(), 64 * warpgroup, shared.dout(ring.stage), !kDropout, kDropout ? 0 : 16);
     ptx::wgmma_commit();
   };
-  auto multiply_dv = [&] {
-    ptx::wgmma_fence();
-    multiply_columns<T>(dv, probabilities, shared.dout(ring.stage), true);
-  };
+  auto multiply_dv = [&] { multiply_columns<T>(dv, probabilities, shared.dout(ring.stage), true); };
   // Of the last step, whose dS^T lies in the other buffer; in vain where the chain begins.
   auto multiply_dq = [&] {
-    static_assert(Config::kStages == 2);
     if (target >= 0) shared.ds_ring().await_full({ring.stage ^ 1, ring.parity ^ (ring.stage == 0)});
     ptx::wgmma_fence();
     multiply_transposed<T>(dq, shared.ds(ring.stage ^ 1), query0, shared.k(behind.stage), dim0);
@@ -280,10 +274,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     clear(dv);
     dq_tile = shared.notes().tile(keys.stage).dq_tile;
     await_queries();
-    if constexpr (!kDropout) {
-      shared.v_ring().await_full(values);
-      shared.v().load_operand(row0, 0, value, lane.id);
-    }
+    shared.v_ring().await_full(values);
+    if constexpr (!kDropout) shared.v().load_operand(row0, 0, value, lane.id);
     turns.take();
   };
 
@@ -304,12 +296,13 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     turns.pass();
     differentiate();
     while (true) {
-      const int q0 = query.first(), stage = ring.stage;
+      const int stage = ring.stage;
       const bool last = query.last();
       if constexpr (kDropout)  // else at once, but registers do not suffice
 #pragma unroll
         for (int k = 0; k < kN / 2; ++k) store_ds(k);
       turns.take();
+      ptx::wgmma_fence();
       Config::kDqFirst ? multiply_dq() : multiply_dv();
       ptx::fence_proxy_async();  // dS^T, which the others need a step later: under a product
       ptx::mbarrier_arrive_warp(shared.ds_ring().full(stage));
@@ -319,7 +312,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
       ptx::wgmma_wait<1>();
       store_dq();
       if (behind.stage != keys.stage) shared.k_ring().release(behind);
-      target = dq_tile + q0 / 64;
+      target = dq_tile + query.first() / 64;
       ring.advance();
       if (!last) await_queries();
       ptx::wgmma_wait<0>();
