@@ -77,10 +77,11 @@ def run_all():
     decoding = itertools.product((32, 64, 80, 128), DTYPES, (1, 3), (70, 1100))
     sublayers = itertools.product((64, 2056, 4104), (torch.float32, *DTYPES), ("none", "tanh"), (False, True))
     kinds = (training_case, training), (decoding_case, decoding), (sublayer_case, sublayers)
-    calls = [make(*case) for make, cases in kinds for case in cases]
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
+    calls = [(make, case) for make, cases in kinds for case in cases]
+    for number, (make, case) in enumerate(calls):
+        print(f"{number}: {make.__name__}{case}", flush=True)  # what a report that follows is about
+        make(*case)()
+        torch.cuda.synchronize()
     print(f"{len(calls)} calls")
 
 
