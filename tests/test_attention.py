@@ -232,3 +232,18 @@ def test_random_case(device, number):
     torch.manual_seed(number)
     q, k, v, options = random_case(random.Random(number), torch.device(device))
     check(q, k, v, **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_an_infinite_gradient_shows(head_dim, one_dtype):
+    """A gradient scaler sees the overflow in dk and dv; the other queries and heads keep what is theirs."""
+    inputs = [t.requires_grad_() for t in random_qkv(150, 150, head_dim=head_dim, **one_dtype)]
+    out = attention(*inputs, causal=True)
+    dout = torch.randn_like(out)
+    dout[0, 5, 0, 3] = torch.inf
+    dq, dk, dv = gradients(out, inputs, dout)
+    finite = torch.ones(2, 150, 2, dtype=torch.bool, device=dq.device)
+    finite[0, 5, 0] = False
+    assert torch.equal(dq.isfinite().all(-1), finite)
+    for grad in (dk, dv):
+        assert torch.equal(grad.isfinite().all(-1).all(1), finite.all(1))

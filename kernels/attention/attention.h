@@ -111,8 +111,9 @@ void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& 
 int64_t forward_scratch_cpu(const AttentionProblem& p);
 int64_t forward_scratch_cuda(const AttentionProblem& p);
 
-// Floats of scratch that a backward pass needs: a value a row, twice; what dq is added up in across CTAs, which is
-// nothing on the CPU and in deterministic mode; the counter of work items; and partial dk and dv.
+// Floats of scratch that a backward pass needs: a value a row, twice; 16 bytes a row on Hopper without dropout, counted
+// in rows; what dq is added up in across CTAs, which is nothing on the CPU and in deterministic mode; the counter of
+// work items; and partial dk and dv.
 struct BackwardScratch {
   int64_t rows, starts, dq_sum, tickets, partial;
 };

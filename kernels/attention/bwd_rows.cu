@@ -2,8 +2,9 @@
 //
 // First step of the backward pass, on every GPU: what its kernels need of each row. delta = rowsum(dout * out), and
 // shift = lse * log2(e), +inf for a row without a key, so that exp2(score * log2(e) - shift) is a probability, or 0.
-// What lies in a tile past the end of its sequence is such a row. And the zeros that dQ and tickets start with: written
-// here they cost no launch, and the time of reading hides theirs.
+// What lies in a tile past the end of its sequence is such a row. For Hopper both once more, as what products start
+// from (starts.cuh). And the zeros that dQ and tickets start with: written here they cost no launch, and the time of
+// reading hides theirs.
 #include "dispatch.cuh"
 #include "row_tiles.cuh"
 #include "softmax.cuh"
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
     const float lse = valid ? p.lse[lse_offset(p, s, batch, head) + row] : -INFINITY;
     g.delta[item] = sum;
     g.shift[item] = lse == -INFINITY ? INFINITY : lse * kLog2e;
-    // The largest number's part would be infinite, of which a product makes NaN.
+    // Finite where shift is not: a product adds the parts of one number times 1 and those of the other times 0.
     if (g.starts != nullptr)
       static_cast<Starts*>(g.starts)[item] = starts_of(lse == -INFINITY ? -1e38f : -lse * kLog2e / p.scale_log2, -sum);
   }

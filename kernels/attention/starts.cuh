@@ -3,7 +3,8 @@
 // What products start from in Hopper's backward: S from -shift / (scale log2(e)) and dP from -delta of each query, so
 // that nothing is left to subtract. Both are added by a product themselves, a row of ones times these numbers, for
 // loads by 256 threads of two numbers for each fragment would take a seventh of shared memory's time. A product takes
-// 16 bits an element, so each number is a sum of three: 24 bits, as many as it had.
+// 16 bits an element, so each number is a sum of three: 24 bits, as many as it had. A row with an infinite number
+// spoils what is computed of that query, and with it dK and dV, in all dimensions.
 #pragma once
 
 #include "ampere/tile.cuh"
