@@ -44,7 +44,9 @@ struct BackwardShared {
   using Query = PanelTile<T, kTileQ, Config::kDim>;
   using Scores = PanelTile<T, Config::kTileK, kTileQ>;
   using Kept = KeptBits<kWarps, Config::kTileK / 32, kTileQ / 32, Config::kKeptStages>;
-  static constexpr int kRowsBytes = kTileQ * (Config::kDropout ? 8 : 16);  // shift and delta, or starts.cuh's
+  using StartTile = NarrowTile<kTileQ>;
+  static constexpr int kRowsBytes =
+      Config::kDropout ? 2 * 4 * kTileQ : StartTile::kBytes;  // shift, delta; or starts.cuh's
   static constexpr int kQueries = 3 * Key::kBytes, kScores = kQueries + 2 * kStages * Query::kBytes;
   static constexpr int kDq = kScores + 2 * Scores::kBytes, kWarpDqBytes = 16 * Config::kDqDim * 4;
   static constexpr int kRows = kDq + kWarps * kWarpDqBytes, kKept = kRows + kStages * kRowsBytes;
@@ -64,9 +66,9 @@ struct BackwardShared {
   __device__ __forceinline__ Query dout(int stage) const { return q(kStages + stage); }
   __device__ __forceinline__ Scores ds(int buffer) const { return {base + kScores + buffer * Scores::kBytes}; }
   __device__ __forceinline__ uint32_t dq(int warp) const { return base + kDq + warp * kWarpDqBytes; }
-  __device__ __forceinline__ NarrowTile<kTileQ> starts(int stage) const { return {base + kRows + stage * kRowsBytes}; }
-  __device__ __forceinline__ uint32_t shift(int stage) const { return starts(stage).base; }
+  __device__ __forceinline__ uint32_t shift(int stage) const { return base + kRows + stage * kRowsBytes; }
   __device__ __forceinline__ uint32_t delta(int stage) const { return shift(stage) + 4 * kTileQ; }
+  __device__ __forceinline__ StartTile starts(int stage) const { return {base + kRows + stage * kRowsBytes}; }
 
   __device__ __forceinline__ uint32_t raw() const { return base + kBarriers; }
   __device__ __forceinline__ QueryRing ds_ring() const { return {raw() + 8}; }

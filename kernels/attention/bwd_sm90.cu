@@ -71,7 +71,7 @@ struct Drawer {
 template <typename T, typename Config>
 __device__ __forceinline__ void produce(const AttentionProblem& p, const AttentionGradients& g,
                                         const BackwardMaps& maps, const Schedule& schedule) {
-  constexpr int kTileQ = Config::kTileQ;
+  constexpr int kTileQ = Config::kTileQ, kRowsBytes = BackwardShared<T, Config>::kRowsBytes;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
   Producer producer{shared.raw()};
   Drawer<T, Config> drawer{shared};
@@ -114,12 +114,12 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
       if (producer.leader) shared.notes().step(stage) = Step::of(q0, position >= walk.count, masked);
       const uint32_t full = shared.q_ring().full(stage);
       const int64_t row = first_row + q0;
-      ptx::mbarrier_arrive_expect_warp(full, BackwardShared<T, Config>::kRowsBytes);
+      ptx::mbarrier_arrive_expect_warp(full, kRowsBytes);
       if constexpr (Config::kDropout) {
         ptx::bulk_load_warp(shared.shift(stage), g.shift + row, 4 * kTileQ, full);
         ptx::bulk_load_warp(shared.delta(stage), g.delta + row, 4 * kTileQ, full);
       } else {
-        ptx::bulk_load_warp(shared.starts(stage).base, static_cast<const Starts*>(g.starts) + row, 16 * kTileQ, full);
+        ptx::bulk_load_warp(shared.starts(stage).base, static_cast<const Starts*>(g.starts) + row, kRowsBytes, full);
       }
       producer.load(shared.q(stage), maps.q, full, token, head, batch, 0, left);
       shared.dout_ring().await_empty(ring);

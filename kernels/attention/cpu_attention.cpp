@@ -120,14 +120,6 @@ void run_tiles(Work& work) {
 
 int64_t tiles_of(const AttentionProblem& p, int64_t seqlen) { return ceil_div(seqlen, tile_size(p)); }
 
-}  // namespace
-
-void attention_fwd_cpu(const AttentionProblem& p) {
-  const int64_t tiles = tiles_of(p, p.seqlen_q);
-  Work work{p, nullptr, kernels().forward, tiles, longest_first(p, p.rows, tiles, true)};
-  run_tiles(work);
-}
-
 int64_t dq_stride(int64_t head_dim) { return ceil_div(head_dim, kDqPad) * kDqPad; }
 
 // The whole head, by one thread. Workspace: the kernels', then dq_sum.
@@ -143,6 +135,14 @@ void backward_head(const Head& resolved, int64_t, void* workspace) {
   each(head.q_len, k.backward_rows);
   each(head.k_len, k.backward_keys);
   each(head.q_len, k.backward_store);
+}
+
+}  // namespace
+
+void attention_fwd_cpu(const AttentionProblem& p) {
+  const int64_t tiles = tiles_of(p, p.seqlen_q);
+  Work work{p, nullptr, kernels().forward, tiles, longest_first(p, p.rows, tiles, true)};
+  run_tiles(work);
 }
 
 void attention_bwd_cpu(const AttentionProblem& p, const AttentionGradients& g) {

@@ -96,6 +96,7 @@ struct PanelTile {
 // Rows of eight columns, 16 bytes, without a swizzle.
 template <int kRows>
 struct NarrowTile {
+  static constexpr int kBytes = 16 * kRows;
   uint32_t base;  // shared-memory address, a multiple of 16
 
   // An operand whose depth runs along the rows, and that twice, for it is 16: the other operand has zeros in one half.

@@ -44,9 +44,10 @@ struct Barrier {
 };
 inline std::map<uint32_t, Barrier> barriers;
 
-// Rows of 128 bytes have bits 4-6 of an address exchanged with bits 7-9, rows of 64 bytes bits 4-5 with 7-8.
+// Rows of 128 bytes have bits 4-6 of an address exchanged with bits 7-9, rows of 64 bytes bits 4-5 with 7-8, those of
+// 16 none.
 inline uint32_t swizzled(uint32_t address, int row_bytes) {
-  return address ^ ((address >> 7 & (row_bytes == 128 ? 7 : 3)) << 4);
+  return address ^ ((address >> 7 & (row_bytes / 16 - 1)) << 4);
 }
 
 // To shared memory, zeros for what lies outside the tensor, or from it.

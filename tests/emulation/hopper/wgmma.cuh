@@ -28,29 +28,16 @@ struct UnderWay {
 };
 inline std::vector<UnderWay> under_way(emulation::kMaxThreads);
 
-// An operand element of unswizzled rows of 16 bytes, eight together; `halves` apart lies the second half of the depth.
-template <typename T>
-float narrow_element(uint64_t descriptor, int across, int depth) {
-  const uint32_t base = (descriptor & 0x3FFF) << 4, halves = (descriptor >> 16 & 0x3FFF) << 4,
-                 groups_of_8 = (descriptor >> 32 & 0x3FFF) << 4;
-  T x;
-  std::memcpy(&x,
-              __cvta_shared_to_generic(base + across / 8 * groups_of_8 + across % 8 * 16 + depth / 8 * halves +
-                                       2 * (depth % 8)),
-              2);
-  return static_cast<float>(x);
-}
-
 // An operand element by its descriptor: `across` counts rows of A or columns of B, `depth` the summed index.
 template <typename T>
 float element(uint64_t descriptor, bool transposed, int across, int depth) {
-  if (descriptor >> 62 == 0) return narrow_element<T>(descriptor, across, depth);
-  const int row_bytes = descriptor >> 62 == 1 ? 128 : 64, panel = row_bytes / 2;
+  constexpr int kRowBytes[] = {16, 128, 64};  // by the swizzle: none, of 128 bytes, of 64
+  const int row_bytes = kRowBytes[descriptor >> 62], panel = row_bytes / 2;
   const uint32_t base = (descriptor & 0x3FFF) << 4, panels = (descriptor >> 16 & 0x3FFF) << 4,
                  groups_of_8 = (descriptor >> 32 & 0x3FFF) << 4;
   const int row = transposed ? depth : across, column = transposed ? across : depth;
-  const uint32_t address = base + row / 8 * groups_of_8 + row % 8 * row_bytes + 2 * (column % panel) +
-                           (transposed ? column / panel * panels : 0);
+  const uint32_t address =
+      base + row / 8 * groups_of_8 + row % 8 * row_bytes + 2 * (column % panel) + column / panel * panels;
   T x;
   std::memcpy(&x, __cvta_shared_to_generic(swizzled(address, row_bytes)), 2);
   return static_cast<float>(x);
