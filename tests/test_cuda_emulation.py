@@ -63,7 +63,8 @@ CASES = {
         "seqlens": (203, 200),
     },
     "varlen-block-128-cut": {"cu_seqlens": ([0, 65, 65, 300], [0, 150, 150, 470]), "block_size": 128, "longest": 1},
-    "decode": {"seqlens": (1, 2100), "heads": 2},  # the keys are split
+    "decode": {"seqlens": (1, 2100)},  # the keys are split
+    "decode-heads": {"seqlens": (3, 1100), "heads": 2},
     "decode-causal-kv-range": {"seqlens": (3, 1100), "causal": True, "kv_range": [[300, 1100], [0, 500]]},
     "decode-no-key": {"seqlens": (2, 70), "kv_range": [[9, 9], [69, 70]]},
     "varlen": {"cu_seqlens": ([0, 65, 65, 100], [0, 31, 100, 170])},
@@ -150,6 +151,21 @@ def test_scores_that_grow(emulated, growth):
     expected, expected_lse = attention_reference(*(x.double() for x in (q, k, v)), scale=0.125)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.double(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [-200, -20, 20, 200])
+def test_scores_far_from_0(emulated, offset, dtype):
+    """Which is the reference point of Hopper's first keys."""
+    generator = torch.Generator().manual_seed(offset)
+    q, k, v = (torch.randn(1, n, 1, 64, generator=generator) for n in (130, 300, 300))
+    q[..., 0], k[..., 0] = 16, offset / 2  # times a scale of 1 / 8
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    settings = (0.125, False, False, False, None, 0.0, None, None, None, 130, 300, *(None,) * 6, 0)
+    out, lse = emulated.attention_fwd(q, k, v, *settings)
+    expected, expected_lse = attention_reference(*(x.double() for x in (q, k, v)), scale=0.125)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(out.double(), expected, atol=0.01, rtol=0.01)
 
 
 @pytest.mark.parametrize("queries", [1, 130])  # one is a step of generation

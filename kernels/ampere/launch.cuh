@@ -63,26 +63,63 @@ void allow_shared(const char* name) {
   here = true;
 }
 
-// One-dimensional launch with `kShared` bytes of dynamic shared memory. kEarly: on Hopper it may begin while the kernel
-// before it in the stream ends ("Programmatic Dependent Launch"), for what that one wrote it waits itself, with
-// ptx::await_previous_kernel. Later GPUs run what was compiled for Ampere, in which that is nothing.
+// One-dimensional launch with `kShared` bytes of dynamic shared memory, of clusters of so many blocks, on Hopper
+// ("Thread Block Clusters"). kEarly: on Hopper it may begin while the kernel before it in the stream ends
+// ("Programmatic Dependent Launch"), for what that one wrote it waits itself, with ptx::await_previous_kernel. Later
+// GPUs run what was compiled for Ampere, in which that is nothing.
 template <auto kKernel, int kShared, bool kEarly = false, typename... Arguments>
-void launch(const char* name, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
+void launch_clusters(const char* name, int64_t blocks, int cluster, int threads, void* stream,
+                     const Arguments&... arguments) {
   if (blocks == 0) return;
   if (blocks > 0x7FFFFFFF)
     throw std::runtime_error(std::string("flash_models: ") + name + " needs more than 2^31 - 1 thread blocks");
   if constexpr (kShared > 48 * 1024) allow_shared<kKernel, kShared>(name);
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = threads;
   config.dynamicSmemBytes = kShared;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = kEarly && compute_capability() == 90;
+  config.attrs = attributes;
+  if (kEarly && compute_capability() == 90) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& of_cluster = attributes[config.numAttrs++];
+    of_cluster.id = cudaLaunchAttributeClusterDimension;
+    of_cluster.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   check_cuda(cudaLaunchKernelEx(&config, kKernel, arguments...), name);
+}
+
+// Clusters of so many blocks, at most 8, that this device runs at the same time: not always as many as its
+// multiprocessors would have room for, since a cluster lies within one of the groups they form. 0 before Hopper.
+template <auto kKernel, int kShared>
+int clusters_at_once(int cluster, int threads) {
+  static std::vector<std::atomic<int>> known(9 * devices().size());  // and 1; 0: to be asked for
+  std::atomic<int>& here = known[9 * current_device() + cluster];
+  if (here != 0) return here - 1;
+  cudaLaunchAttribute of_cluster{};
+  of_cluster.id = cudaLaunchAttributeClusterDimension;
+  of_cluster.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = cluster;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = kShared;
+  config.attrs = &of_cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if (compute_capability() == 90)
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config), "cudaOccupancyMaxActiveClusters");
+  here = clusters + 1;
+  return clusters;
+}
+
+template <auto kKernel, int kShared, bool kEarly = false, typename... Arguments>
+void launch(const char* name, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
+  launch_clusters<kKernel, kShared, kEarly>(name, blocks, 1, threads, stream, arguments...);
 }
 
 }  // namespace flash_models

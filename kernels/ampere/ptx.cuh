@@ -32,6 +32,31 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 #endif
 }
 
+// "Parallel Synchronization: barrier.cluster". By all threads of a cluster; what they wrote to shared memory before can
+// then be read by all. Blocks in clusters need compute capability 9.0.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// "Data Movement: mapa, ld". What lies at this address of the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ float load_of_cluster(uint32_t shared, int rank) {
+  float x = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .u32 there;\n"
+      "mapa.shared::cluster.u32 there, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [there];\n"
+      "}"
+      : "=f"(x)
+      : "r"(shared), "r"(rank)
+      : "memory");
+#endif
+  return x;
+}
+
 // "Data Movement: cp.async". Copies 16 bytes global -> shared, or writes 16 zero bytes when !valid (src-size 0).
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;

@@ -33,10 +33,11 @@ struct KeyNote : TileNote {
   int64_t dq_tile;  // where the sequence's dQ begins, in tiles of 64 rows
 };
 
-//   K [2] | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | dQ of each warp
-//   [16 x kDqDim] | values of rows [kStages][kTileQ] | bits of dropout | barriers | notes
+//   K [2] | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | values of rows
+//   [kStages][kTileQ] | dQ of each warp [16 x kDqDim] | bits of dropout | barriers | notes
 //
-// The next tile's K comes during this one, its V once the last dP^T of this one has been computed.
+// The next tile's K comes during this one, its V once the last dP^T of this one has been computed. The values of rows
+// do not come last: a product reads those of `starts` twice, and compute-sanitizer takes them for twice as long.
 template <typename T, typename Config>
 struct BackwardShared {
   static constexpr int kStages = Config::kStages, kTileQ = Config::kTileQ, kWarps = 4 * Config::kWarpgroups;
@@ -48,8 +49,8 @@ struct BackwardShared {
   static constexpr int kRowsBytes =
       Config::kDropout ? 2 * 4 * kTileQ : StartTile::kBytes;  // shift, delta; or starts.cuh's
   static constexpr int kQueries = 3 * Key::kBytes, kScores = kQueries + 2 * kStages * Query::kBytes;
-  static constexpr int kDq = kScores + 2 * Scores::kBytes, kWarpDqBytes = 16 * Config::kDqDim * 4;
-  static constexpr int kRows = kDq + kWarps * kWarpDqBytes, kKept = kRows + kStages * kRowsBytes;
+  static constexpr int kRows = kScores + 2 * Scores::kBytes, kDq = kRows + kStages * kRowsBytes;
+  static constexpr int kWarpDqBytes = 16 * Config::kDqDim * 4, kKept = kDq + kWarps * kWarpDqBytes;
   static constexpr int kBarriers = kKept + (Config::kDropout ? Kept::kBytes : 0);
   using KeyRing = RingBarriers<2>;
   using ValueRing = RingBarriers<1>;

@@ -2,11 +2,14 @@
 //
 // Forward pass for few queries against many keys, as in a step of generation with a cache. Nothing can be reused, so
 // the time is that of reading K and V once, and every multiprocessor has to read: the keys of one query are split over
-// CTAs, and a second launch combines what they leave (arXiv 2205.14135, Section 3.1, applied across CTAs).
+// CTAs (arXiv 2205.14135, Section 3.1, applied across CTAs). On Hopper the CTAs of a cluster combine what they have
+// through each other's shared memory; a second launch, which costs as much as 10 MB of keys, is for what more than a
+// cluster is given, and for other GPUs.
 //
-//   CTA         128 threads, a part of the keys of one (sequence, head, query)
+//   CTA         512 threads, a part of the keys of one (sequence, head, query)
 //   group       kLanes threads with 8 dimensions each: a row of K and V; kUnroll rows are at work, as many under way
-//   partial     [item][split][kDim + 2] floats: sum of exp2(score - max) v, that sum without v, max; log2 units
+//   row         [kDim + 2] floats: sum of exp2(score - max) v, that sum without v, max; log2 units. Of a warp and of a
+//               CTA in shared memory, of a cluster in p.partial [item][cluster]
 #include <algorithm>
 
 #include "dispatch.cuh"
@@ -15,8 +18,15 @@
 namespace flash_models {
 namespace {
 
-constexpr int kThreads = 128, kCtasPerSm = 4, kUnroll = 4, kMaxQueries = 4, kMinKeys = 256;  // of a CTA
-constexpr int kCombiningWarps = 16;
+constexpr int kThreads = 512, kWarps = kThreads / 32, kUnroll = 4, kMaxQueries = 4, kMinKeys = 256;  // of a CTA
+constexpr int kMaxCluster = 8;
+
+// How the keys of an item are split: over the CTAs of so many clusters.
+struct Split {
+  int cluster, clusters;
+
+  __host__ __device__ int ctas() const { return cluster * clusters; }
+};
 
 // A query's softmax over some keys, 8 dimensions of it.
 struct Partial {
@@ -30,22 +40,12 @@ struct Partial {
     max = new_max;
   }
 
-  __device__ __forceinline__ void add(const Partial& other) {
-    const float factor = other.max == -INFINITY ? 0.0f : ptx::exp2_approx(other.max - fmaxf(max, other.max));
-    rescale(fmaxf(max, other.max));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) acc[i] += factor * other.acc[i];
-    sum += factor * other.sum;
-  }
-
   // Adds what the lanes at this distance have.
   __device__ __forceinline__ void add_lanes(int distance) {
-    Partial other;
+    rescale(fmaxf(max, __shfl_xor_sync(~0u, max, distance)));
 #pragma unroll
-    for (int i = 0; i < 8; ++i) other.acc[i] = __shfl_xor_sync(~0u, acc[i], distance);
-    other.sum = __shfl_xor_sync(~0u, sum, distance);
-    other.max = __shfl_xor_sync(~0u, max, distance);
-    add(other);
+    for (float& x : acc) x += __shfl_xor_sync(~0u, x, distance);
+    sum += __shfl_xor_sync(~0u, sum, distance);
   }
 };
 
@@ -66,9 +66,6 @@ struct Item {
         batch(number / static_cast<int>(p.seqlen_q * p.heads)),
         s(sequence_of(p, batch)) {}
 
-  __device__ __forceinline__ void store_lse(const AttentionProblem& p, float sum, float max) const {
-    p.lse[lse_offset(p, s, batch, head) + query] = sum == 0.0f ? -INFINITY : (max + __log2f(sum)) * kLn2;
-  }
   // Its row of q or out.
   template <typename T>
   __device__ __forceinline__ T* row(const View& v) const {
@@ -76,46 +73,81 @@ struct Item {
   }
 };
 
-template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm)
-    attention_fwd_decode(const __grid_constant__ AttentionProblem p, int splits) {
-  constexpr int kLanes = lanes_of_row(kDim), kGroups = kThreads / kLanes;
-  ptx::let_next_kernel_begin();
-  const int number = blockIdx.x / splits, split = blockIdx.x % splits, warp = threadIdx.x / 32;
-  const int group = threadIdx.x / kLanes, dim = 8 * (threadIdx.x % kLanes);
-  const Item item(p, number);
-  const Visible visible(p, item.s);
-  const int last = max(visible.lo, min(visible.hi, item.query + visible.diagonal + 1));
-  const int share = (last - visible.lo + splits - 1) / splits;
-  const int begin = visible.lo + split * share, end = min(begin + share, last);
-  const bool has_dim = dim < p.head_dim;
+// One dimension of a row of partial results, added up over several, of which `read(i, j)` gives element j of the i-th.
+struct Element {
+  float acc = 0.0f, sum = 0.0f, max = -INFINITY;
 
-  float q[8] = {};
+  template <int kDim, int kMost, typename Read>
+  static __device__ __forceinline__ Element add_up(int count, int dim, Read read) {
+    Element total;
+    for (int first = 0; first < count; first += kMost) {
+      float acc[kMost], sum[kMost], max[kMost], top = total.max;
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {  // all reads under way
+        const bool exists = first + i < count;
+        acc[i] = exists ? read(first + i, dim) : 0.0f;
+        sum[i] = exists ? read(first + i, kDim) : 0.0f;
+        max[i] = exists ? read(first + i, kDim + 1) : -INFINITY;
+      }
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) top = fmaxf(top, max[i]);
+      const float shift = top == -INFINITY ? 0.0f : top, before = ptx::exp2_approx(total.max - shift);
+      total = {before * total.acc, before * total.sum, top};
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        const float factor = ptx::exp2_approx(max[i] - shift);
+        total.acc = fmaf(factor, acc[i], total.acc);
+        total.sum = fmaf(factor, sum[i], total.sum);
+      }
+    }
+    return total;
+  }
+
+  template <int kDim>
+  __device__ __forceinline__ void store_row(float* row, int dim) const {
+    row[dim] = acc;
+    if (dim == 0) row[kDim] = sum, row[kDim + 1] = max;
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void store_result(const AttentionProblem& p, const Item& item, int dim) const {
+    if (dim < p.head_dim) item.row<T>(p.out)[dim] = static_cast<T>(sum == 0.0f ? 0.0f : acc / sum);
+    if (dim == 0)
+      p.lse[lse_offset(p, item.s, item.batch, item.head) + item.query] =
+          sum == 0.0f ? -INFINITY : (max + __log2f(sum)) * kLn2;
+  }
+};
+
+// What the keys [begin, end) give, shared by the threads of a group.
+template <typename T, int kDim>
+__device__ __forceinline__ Partial attend(const AttentionProblem& p, const Item& item, int begin, int end) {
+  constexpr int kLanes = lanes_of_row(kDim), kGroups = kThreads / kLanes;
+  const int group = threadIdx.x / kLanes, dim = 8 * (threadIdx.x % kLanes);
+  const bool has_dim = dim < p.head_dim;
+  float q[8] = {}, x[8];
   if (has_dim) unpack<T>(q, *reinterpret_cast<const uint4*>(item.row<const T>(p.q) + dim));
   const T* k = static_cast<const T*>(p.k.data) + key_offset(p.k, item.s, item.batch, item.head) + dim;
   const T* v = static_cast<const T*>(p.v.data) + key_offset(p.v, item.s, item.batch, item.head) + dim;
 
-  uint4 rows_k[kUnroll], rows_v[kUnroll];
-  auto load = [&](int key0) {
+  auto load = [&](uint4(&rows)[kUnroll], const T* from, int64_t stride, int key0) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t key = key0 + u * kGroups;
-      rows_k[u] = rows_v[u] = {};
-      if (key < end && has_dim) {
-        rows_k[u] = ptx::load_once_16(k + key * p.k.seq);
-        rows_v[u] = ptx::load_once_16(v + key * p.v.seq);
-      }
+      rows[u] = {};
+      if (key < end && has_dim) rows[u] = ptx::load_once_16(from + key * stride);
     }
   };
-
   Partial result;
-  load(begin + group);
+  uint4 rows_k[kUnroll], rows_v[kUnroll];
+  load(rows_k, k, p.k.seq, begin + group);
+  load(rows_v, v, p.v.seq, begin + group);
   for (int key0 = begin + group; key0 - group < end; key0 += kUnroll * kGroups) {
     uint4 now_k[kUnroll], now_v[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) now_k[u] = rows_k[u], now_v[u] = rows_v[u];
-    load(key0 + kUnroll * kGroups);  // under way while these are at work
-    float scores[kUnroll], top = result.max, x[8];
+    load(rows_k, k, p.k.seq, key0 + kUnroll * kGroups);  // under way while these are at work
+    load(rows_v, v, p.v.seq, key0 + kUnroll * kGroups);
+    float scores[kUnroll], top = result.max;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       unpack<T>(x, now_k[u]);
@@ -138,76 +170,86 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       for (int i = 0; i < 8; ++i) result.acc[i] = fmaf(probability, x[i], result.acc[i]);
     }
   }
-
 #pragma unroll
   for (int distance = kLanes; distance < 32; distance *= 2) result.add_lanes(distance);
-  Partial* warps = static_cast<Partial*>(__cvta_shared_to_generic(ptx::dynamic_shared()));
-  if (threadIdx.x % 32 < kLanes) warps[warp * kLanes + threadIdx.x % 32] = result;
-  __syncthreads();
-  if (threadIdx.x >= kLanes) return;
-#pragma unroll
-  for (int other = 1; other < kThreads / 32; ++other) result.add(warps[other * kLanes + threadIdx.x]);
+  return result;
+}
 
-  if (splits > 1) {
-    float* partial = p.partial + int64_t{blockIdx.x} * (kDim + 2);
-    if (dim < kDim)  // at 96 a group has lanes to spare
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads)
+    attention_fwd_decode(const __grid_constant__ AttentionProblem p, const __grid_constant__ Split split) {
+  constexpr int kLanes = lanes_of_row(kDim), kRow = kDim + 2;
+  ptx::let_next_kernel_begin();
+  const int number = blockIdx.x / split.ctas(), part = blockIdx.x % split.ctas(), rank = part % split.cluster;
+  const Item item(p, number);
+  const Visible visible(p, item.s);
+  const int last = max(visible.lo, min(visible.hi, item.query + visible.diagonal + 1));
+  const int share = (last - visible.lo + split.ctas() - 1) / split.ctas(), begin = visible.lo + part * share;
+  const Partial of_warp = attend<T, kDim>(p, item, begin, min(begin + share, last));
+
+  const uint32_t base = ptx::dynamic_shared(), of_cta = base + 4 * kWarps * kRow;
+  float* rows = static_cast<float*>(__cvta_shared_to_generic(base));
+  const int lane = threadIdx.x % 32, dim = threadIdx.x;
+  if (lane < kLanes && 8 * lane < kDim) {  // at 96 a group has lanes to spare
+    float* row = rows + threadIdx.x / 32 * kRow;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) partial[dim + i] = result.acc[i];
-    if (dim == 0) partial[kDim] = result.sum, partial[kDim + 1] = result.max;
+    for (int i = 0; i < 8; ++i) row[8 * lane + i] = of_warp.acc[i];
+    if (lane == 0) row[kDim] = of_warp.sum, row[kDim + 1] = of_warp.max;
+  }
+  __syncthreads();
+  Element element;
+  if (dim < kDim)
+    element = Element::add_up<kDim, kWarps>(kWarps, dim, [&](int warp, int j) { return rows[warp * kRow + j]; });
+  if (split.cluster > 1) {
+    if (dim < kDim) element.store_row<kDim>(rows + kWarps * kRow, dim);
+    ptx::cluster_sync();
+    if (rank == 0 && dim < kDim)
+      element = Element::add_up<kDim, kMaxCluster>(
+          split.cluster, dim, [&](int other, int j) { return ptx::load_of_cluster(of_cta + 4 * j, other); });
+    ptx::cluster_sync();  // no CTA leaves while its row is read
+  }
+  if (rank != 0 || dim >= kDim) return;
+  if (split.clusters > 1) {
+    const int64_t cluster = blockIdx.x / split.cluster;
+    element.store_row<kDim>(p.partial + cluster * kRow, dim);
   } else {
-    const float factor = result.sum == 0.0f ? 0.0f : 1.0f / result.sum;
-    if (has_dim)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) item.row<T>(p.out)[dim + i] = static_cast<T>(result.acc[i] * factor);
-    if (dim == 0) item.store_lse(p, result.sum, result.max);
+    element.store_result<T>(p, item, dim);
   }
 }
 
-// One CTA an item. A warp adds up some of the splits, several reads under way, then the warps' sums are added.
+// One CTA an item, a thread a dimension.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(32 * kCombiningWarps)
-    attention_fwd_decode_combine(const __grid_constant__ AttentionProblem p, int splits) {
-  constexpr int kRow = kDim + 2, kPerLane = kDim / 32;
+__global__ void __launch_bounds__(kDim)
+    attention_fwd_decode_combine(const __grid_constant__ AttentionProblem p, int clusters) {
   const Item item(p, blockIdx.x);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const float* partial = p.partial + int64_t{blockIdx.x} * splits * kRow;
-  float top = -INFINITY, sum = 0.0f, out[kPerLane] = {};
+  const float* partial = p.partial + int64_t{blockIdx.x} * clusters * (kDim + 2);
   ptx::await_previous_kernel();
-  for (int split = lane; split < splits; split += 32) top = fmaxf(top, partial[split * kRow + kDim + 1]);
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
-  const float shift = top == -INFINITY ? 0.0f : top;
-#pragma unroll 4
-  for (int split = warp; split < splits; split += kCombiningWarps) {
-    const float* part = partial + split * kRow;
-    const float factor = ptx::exp2_approx(part[kDim + 1] - shift);
-    sum = fmaf(factor, part[kDim], sum);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) out[i] = fmaf(factor, part[lane + 32 * i], out[i]);
-  }
-
-  float* warps = static_cast<float*>(__cvta_shared_to_generic(ptx::dynamic_shared()));
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) warps[warp * kRow + lane + 32 * i] = out[i];
-  if (lane == 0) warps[warp * kRow + kDim] = sum;
-  __syncthreads();
   const int dim = threadIdx.x;
-  if (dim >= kDim) return;
-  float total = 0.0f, all = 0.0f;
-#pragma unroll
-  for (int other = 0; other < kCombiningWarps; ++other) {
-    total += warps[other * kRow + dim];
-    all += warps[other * kRow + kDim];
-  }
-  if (dim < p.head_dim) item.row<T>(p.out)[dim] = static_cast<T>(all == 0.0f ? 0.0f : total / all);
-  if (dim == 0) item.store_lse(p, all, top);
+  Element::add_up<kDim, 8>(clusters, dim, [&](int i, int j) {
+    return partial[i * (kDim + 2) + j];
+  }).template store_result<T>(p, item, dim);
 }
 
 int64_t items_of(const AttentionProblem& p) { return p.batch * p.heads * p.seqlen_q; }
 
-// Enough CTAs to keep every multiprocessor reading, with enough keys each to be worth starting.
-int64_t splits_of(const AttentionProblem& p) {
-  return std::min(ceil_div(kCtasPerSm * multiprocessors(), items_of(p)), std::max<int64_t>(1, p.seqlen_k / kMinKeys));
+constexpr int shared_bytes(int dim) { return 4 * (kWarps + 1) * (dim + 2); }
+
+// The split with the least work for a CTA one after the other, of those with enough keys for each to be worth starting.
+// Further clusters, or CTAs where there are none, only where one leaves half of the GPU idle.
+Split split_of(const AttentionProblem& p) {
+  const int64_t items = items_of(p), most = std::max<int64_t>(1, p.seqlen_k / kMinKeys);
+  Split best{1, 1};
+  int at_once = multiprocessors();
+  double least = static_cast<double>(ceil_div(items, at_once));
+  for (int cluster = 2; cluster <= std::min<int64_t>(most, kMaxCluster); ++cluster) {
+    // Of one instance for all: each fills a multiprocessor.
+    const int clusters =
+        clusters_at_once<attention_fwd_decode<__nv_bfloat16, 128>, shared_bytes(128)>(cluster, kThreads);
+    if (clusters == 0 || ceil_div(items, clusters) >= least * cluster) continue;
+    best.cluster = cluster, at_once = clusters, least = static_cast<double>(ceil_div(items, clusters)) / cluster;
+  }
+  if (items > 0) best.clusters = static_cast<int>(std::max<int64_t>(1, std::min(most / best.cluster, at_once / items)));
+  return best;
 }
 
 }  // namespace
@@ -217,21 +259,19 @@ bool takes_decode(const AttentionProblem& p) {
 }
 
 int64_t decode_scratch(const AttentionProblem& p) {
-  if (items_of(p) == 0 || splits_of(p) == 1) return 0;
-  return items_of(p) * splits_of(p) * (padded_dim(p.head_dim) + 2);
+  if (items_of(p) == 0 || split_of(p).clusters == 1) return 0;
+  return items_of(p) * split_of(p).clusters * (padded_dim(p.head_dim) + 2);
 }
 
 void attention_fwd_decode(const AttentionProblem& p) {
-  const int splits = static_cast<int>(splits_of(p));
+  const Split split = split_of(p);
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
     if constexpr (!kDropout) {
-      constexpr int kPartialBytes = kThreads * static_cast<int>(sizeof(Partial)),
-                    kRowBytes = 4 * kCombiningWarps * (kDim + 2);
-      launch<attention_fwd_decode<T, kDim>, kPartialBytes>("attention_fwd_decode", items_of(p) * splits, kThreads,
-                                                           p.stream, p, splits);
-      if (splits > 1)
-        launch<attention_fwd_decode_combine<T, kDim>, kRowBytes, true>("attention_fwd_decode_combine", items_of(p),
-                                                                       32 * kCombiningWarps, p.stream, p, splits);
+      launch_clusters<attention_fwd_decode<T, kDim>, shared_bytes(kDim)>(
+          "attention_fwd_decode", items_of(p) * split.ctas(), split.cluster, kThreads, p.stream, p, split);
+      if (split.clusters > 1)
+        launch<attention_fwd_decode_combine<T, kDim>, 0, true>("attention_fwd_decode_combine", items_of(p), kDim,
+                                                               p.stream, p, split.clusters);
     }
   });
 }

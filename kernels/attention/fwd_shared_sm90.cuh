@@ -18,6 +18,7 @@ struct ForwardConfig {
   // Of Q, as its place is where out leaves from. A short tile ends before the one after the next could come otherwise.
   static constexpr int kTileStages = kDim <= 64 || (kWarpgroups == 2 && !kDropout) ? 3 : 2;
   static constexpr int kStages = kDim <= 64 ? (kWarpgroups == 1 ? 3 : 4) : 2;
+  static constexpr int kPlanned = kWarpgroups == 1 ? 1 : 8;  // tiles ahead; of a layout, one
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 88 : kCtasPerSm == 3 ? 40 : 72;
   static constexpr int kConsumerRegisters = kWarpgroups == 3   ? 160
                                             : kWarpgroups == 2 ? 208
@@ -38,7 +39,7 @@ struct QueryNote : TileNote {
 };
 
 //   Q [kTileStages][kTileQ x kDim] | K [kStages][kTileK x kDim] | V [kStages][kTileK x kDim] | bits of dropout |
-//   barriers | notes
+//   barriers | notes | notes of what is planned [kPlanned]
 template <typename T, typename Config>
 struct ForwardShared {
   static constexpr int kTileStages = Config::kTileStages, kStages = Config::kStages;
@@ -53,7 +54,8 @@ struct ForwardShared {
   static constexpr int kRings = TileRing::kBytes + 2 * KeyRing::kBytes + Kept::Barriers::kBytes;
   static constexpr int kNotes = (kBarriers + 16 + 8 * kTileStages + kRings + 15) / 16 * 16;
   using TileNotes = Notes<kTileStages, kStages, QueryNote>;
-  static constexpr int kBytes = kNotes + TileNotes::kBytes;
+  static constexpr int kPlans = (kNotes + TileNotes::kBytes + 15) / 16 * 16;
+  static constexpr int kBytes = kPlans + Config::kPlanned * static_cast<int>(sizeof(QueryNote));
   static_assert(kBytes <= shared_bytes(Config::kCtasPerSm));
   uint32_t base;
 
@@ -72,6 +74,9 @@ struct ForwardShared {
   __device__ __forceinline__ Kept kept() const { return {base + kKept, {v_ring().end()}}; }
 
   __device__ __forceinline__ TileNotes notes() const { return {base + kNotes}; }
+  __device__ __forceinline__ QueryNote& planned(int i) const {
+    return static_cast<QueryNote*>(__cvta_shared_to_generic(base + kPlans))[i];
+  }
 
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kReaders = 4 * Config::kWarpgroups * ptx::kWarpArrivals;

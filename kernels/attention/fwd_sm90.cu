@@ -22,7 +22,7 @@
 #include <algorithm>
 
 #include "dispatch.cuh"
-#include "fwd_shared_sm90.cuh"
+#include "fwd_plan_sm90.cuh"
 #include "maps.h"
 #include "partial.cuh"
 #include "softmax_sm90.cuh"
@@ -33,31 +33,6 @@ namespace {
 
 struct ForwardMaps {
   CUtensorMap q, k, v, out;
-};
-
-// The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where
-// the work of one CTA is much like that of every other, which under a causal mask pairs of tiles see to, and in a
-// padded batch that a CTA's tiles lie in all its sequences, each takes its share; the pieces of a layout go to whoever
-// asks next, and that is late, when the last keys of a CTA's tile are sent for: what one takes early the others lack in
-// the end. Packed sequences go through the hardware's queue, a CTA each.
-struct Schedule {
-  int query_tiles, count;
-  bool pairs;
-  int32_t* ticket;
-
-  __device__ __forceinline__ int first() const { return ticket != nullptr ? take_ticket(ticket) : blockIdx.x << pairs; }
-  __device__ __forceinline__ int next(int number) const {
-    if (ticket != nullptr) return take_ticket(ticket);
-    return pairs && number % 2 == 0 ? number + 1 : number + 1 + ((gridDim.x - 1) << pairs);
-  }
-
-  // Most work first: the last queries under a causal mask, otherwise the first, the global tokens of many layouts.
-  __device__ __forceinline__ ListedWork work(const AttentionProblem& p, int number) const {
-    if (p.rows.start != nullptr) return {p, p.rows, p.row_items, query_tiles, p.causal ? count - 1 - number : number};
-    ListedWork whole;
-    whole.place = pairs ? Place::of_pair(p, number, query_tiles) : Place(p, number, query_tiles, p.causal);
-    return whole;
-  }
 };
 
 // What is kept of one tile of scores after the other, by a drawer.
@@ -78,59 +53,6 @@ struct Drawer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) shared.kept().word(drawn.stage, 2 * row + half, column, lane) = words[half];
     });
-  }
-};
-
-// Finds out what comes next and writes the notes of it, a tile ahead of all others.
-template <typename T, typename Config>
-struct Planner {
-  const AttentionProblem& p;
-  const Schedule& schedule;
-  const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
-  int number = -1;
-  Ring<Config::kTileStages> tiles;
-  Ring<1> wanted;
-
-  // The note of one tile; false when it says that none is left.
-  __device__ __forceinline__ bool operator()() {
-    if (schedule.ticket != nullptr && number >= 0) {
-      ptx::mbarrier_wait(shared.wanted(), wanted.parity);
-      wanted.advance();
-    }
-    while (true) {
-      number = number < 0 ? schedule.first() : schedule.next(number);
-      if (number >= schedule.count) break;
-      const ListedWork work = schedule.work(p, number);
-      const Place place = work.place;
-      const Sequence s = sequence_of(p, place.batch);
-      const int q0 = place.tile * Config::kTileQ;
-      if (place.tile < 0 || q0 >= s.q_len) continue;
-      write([&](QueryNote& note) {
-        note.visible = Visible(p, s);
-        note.walk = key_tiles(p, note.visible, work.piece, q0, Config::kTileQ, Config::kTileK);
-        note.position = note.walk.next(0);
-        note.tile = place.tile, note.head = place.head, note.batch = place.batch;
-        note.slot_and_work = 2 * static_cast<int>(work.slot) + (note.position < note.walk.count);
-        note.rows = static_cast<int>(s.q_len) - q0;
-        note.row = static_cast<int>(s.q_begin) + q0;
-        note.key = static_cast<int>(s.k_begin);
-        note.out = query_offset(p.out, s, place.batch, place.head) + q0 * p.out.seq;
-        note.lse = lse_offset(p, s, place.batch, place.head) + q0;
-      });
-      return true;
-    }
-    write([](QueryNote& note) { note.end(); });
-    return false;
-  }
-
-  template <typename Fill>
-  __device__ __forceinline__ void write(Fill fill) {
-    shared.tile_ring().await_empty(tiles);
-    if (threadIdx.x % 32 == 0) {
-      fill(shared.notes().tile(tiles.stage));
-      ptx::mbarrier_arrive(shared.tile_ring().full(tiles.stage));
-    }
-    tiles.advance();
   }
 };
 
@@ -208,9 +130,23 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     return note;
   };
 
+  Step step;
+  // What the products after those of `step` read. Even a wait that need not last takes 70 cycles, so where there are
+  // stages to spare it is done while these products are under way.
+  constexpr bool kSpare = Config::kStages > 2;
+  auto await_next = [&](const Ring<Config::kStages>& key, const Ring<Config::kStages>& value) {
+    if (!step.last()) shared.k_ring().await_full(key);
+    shared.v_ring().await_full(value);
+  };
+  auto begin_tile = [&](const TileNote& note, const Ring<Config::kStages>& value) {
+    if (!note.walks()) return;
+    step = shared.notes().step(keys.stage);
+    if constexpr (kSpare) await_next(keys.next(), value);
+  };
   TileNote note = await_tile();
   ptx::wgmma_fence();
   multiply_qk();  // in vain where there are no keys
+  begin_tile(note, values);
   ptx::wgmma_wait<0>();
   while (!note.last()) {
     const auto place = shared.q(tiles.stage);
@@ -223,8 +159,10 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     auto mask = [&](int k0) {
       if (!visible.all(q0, k0, kTileK)) mask_scores(scores, visible, q0, k0, lane);
     };
-    auto exponentiate = [&] {
-      for (bool moved = false; !softmax.template exponentiate<T>(scores, probabilities) && !moved; moved = true) {
+    auto exponentiate = [&]<bool kFirst>(std::bool_constant<kFirst>) {
+      for (bool moved = false; !softmax.template exponentiate<T, kFirst>(scores, probabilities) && !moved;
+           moved = true) {
+        if (kFirst) softmax.forget();
         softmax.move(scores, factor);
         rescale(out, factor);
       }
@@ -241,23 +179,21 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     };
 
     if (note.walks()) {
-      Step step = shared.notes().step(keys.stage);
       shared.k_ring().release(keys);
       take_keep();
       mask(step.first());
-      softmax.start(scores, p.scale_log2);
       softmax.relate(scores, p.scale_log2);
       release_finished();
-      exponentiate();
+      exponentiate(std::true_type{});
+      if constexpr (!kSpare) await_next(keys, values);
       while (!step.last()) {
-        shared.k_ring().await_full(keys);
-        shared.v_ring().await_full(values);
         turns.take();
         ptx::wgmma_fence();
         multiply_qk();
         multiply_pv();
         turns.pass();
         step = shared.notes().step(keys.stage);
+        if constexpr (kSpare) await_next(keys.next(), values.next());
         take_keep();
         ptx::wgmma_wait<1>();
         shared.k_ring().release(keys);
@@ -265,9 +201,9 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
         softmax.relate(scores, p.scale_log2);
         ptx::wgmma_wait<0>();
         shared.v_ring().release(values);
-        exponentiate();
+        exponentiate(std::false_type{});
+        if constexpr (!kSpare) await_next(keys, values);
       }
-      shared.v_ring().await_full(values);
     } else {
       release_finished();
     }
@@ -277,20 +213,23 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     ptx::wgmma_fence();
     if (done.walks()) multiply_pv();
     multiply_qk();
-    ptx::wgmma_wait<1>();
-    if (done.walks()) shared.v_ring().release(values);
-
+    // Under these products the rest of the softmax, and what comes next.
     softmax.finish(factor, kDropout ? p.keep_scale : 1.0f);
     const bool second = lane.col & 2;  // two lanes of a quad write the lse of its two rows
-    const int row = lane.row + 8 * second;
+    const int row = lane.row + 8 * second, rows = known.rows - row0;
     const float lse = softmax.lse(second);
+    float* partial = partial_of_warp(p, done.slot(), row0, partial_out_floats(kDim));
     if (done.slot() >= 0) {
-      float* partial = partial_of_warp(p, done.slot(), row0, partial_out_floats(kDim));
-      store_partial(out, factor[0], partial, lane.id);
       if (lane.col < 4) partial[16 * kDim + row] = lse;
+    } else if (lane.col < 4 && row < rows) {
+      p.lse[known.lse + row0 + row] = lse;
+    }
+    begin_tile(note, done.walks() ? values.next() : values);
+    ptx::wgmma_wait<1>();
+    if (done.walks()) shared.v_ring().release(values);
+    if (done.slot() >= 0) {
+      store_partial(out, factor[0], partial, lane.id);
     } else {
-      const int rows = known.rows - row0;
-      if (lane.col < 4 && row < rows) p.lse[known.lse + row0 + row] = lse;
       // Q is not needed any more, and from its place out goes on by the copy engine.
       ptx::named_barrier_sync(4 + warpgroup, 128);
       store_operands<T>(place, row0, out, factor, lane.id);

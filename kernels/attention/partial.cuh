@@ -33,18 +33,4 @@ __device__ __forceinline__ void store_partial(const float (&acc)[1][kN][4], cons
                                                         acc[0][n][2] * factor[1], acc[0][n][3] * factor[1]};
 }
 
-// acc += factor * what store_partial wrote.
-template <int kN>
-__device__ __forceinline__ void add_partial(float (&acc)[1][kN][4], const float (&factor)[2], const float* source,
-                                            int lane) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    const float4 x = reinterpret_cast<const float4*>(source)[32 * n + lane];
-    acc[0][n][0] = fmaf(factor[0], x.x, acc[0][n][0]);
-    acc[0][n][1] = fmaf(factor[0], x.y, acc[0][n][1]);
-    acc[0][n][2] = fmaf(factor[1], x.z, acc[0][n][2]);
-    acc[0][n][3] = fmaf(factor[1], x.w, acc[0][n][3]);
-  }
-}
-
 }  // namespace flash_models

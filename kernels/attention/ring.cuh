@@ -18,6 +18,11 @@ struct Ring {
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
+  __device__ __forceinline__ Ring next() const {
+    Ring ring = *this;
+    ring.advance();
+    return ring;
+  }
 };
 
 // The mbarriers of the ring: of each stage one for either event, written and read.

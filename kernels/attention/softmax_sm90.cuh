@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Online softmax (see softmax.cuh) without a search for the maximum. The probabilities of a tile are computed against
-// the reference point of the tiles before; their sums, needed anyway, then tell whether a row has outgrown it. That is
-// rare after a row's first tile: the maximum is then found, and what was accumulated rescaled.
+// the reference point of the tiles before, and those of the first against 0; their sums, needed anyway, then tell
+// whether a row has outgrown it or lies far below. That is rare: the maximum is then found, and what was accumulated
+// rescaled.
 #pragma once
 
 #include "softmax.cuh"
@@ -11,17 +12,14 @@ namespace flash_models {
 
 // State of the two rows that a lane shares with the other three lanes of its quad.
 struct OptimisticSoftmax {
-  static constexpr float kMaxSum = 1024.0f;     // P stays below 2^10, exact enough in 16 bits and far from overflow
-  float reference[2] = {-INFINITY, -INFINITY};  // of scores * scale_log2; -inf: no visible key so far
-  float sum[2] = {0.0f, 0.0f};                  // this lane's part of the sums of the tiles accepted
-  float latest[2];                              // of the tile at hand
-
-  // The reference point of a row's first tile: its largest score.
-  template <int kN>
-  __device__ __forceinline__ void start(const float (&s)[1][kN][4], float scale_log2) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) reference[half] = row_top(s[0], half) * scale_log2;
-  }
+  // Between which a lane's sums of a tile may lie: a rounded P is exact enough there, and far from overflow.
+  template <typename T>
+  static constexpr float kMaxSum = std::is_same_v<T, __half> ? 0x1p10f : 0x1p40f;
+  template <typename T>
+  static constexpr float kMinSum = std::is_same_v<T, __half> ? 0x1p-6f : 0x1p-40f;
+  float reference[2] = {0.0f, 0.0f};  // of scores * scale_log2; -inf: no visible key so far
+  float sum[2] = {0.0f, 0.0f};        // this lane's part of the sums of the tiles accepted
+  float latest[2];                    // of the tile at hand
 
   // Turns scores into their logarithms to base 2 relative to `reference`.
   template <int kN>
@@ -35,7 +33,7 @@ struct OptimisticSoftmax {
 
   // The probabilities of related scores, rounded to the A operands of the products that follow. False where a row of
   // the warp has outgrown `reference` or has none: `move` it and try again, once.
-  template <typename T, int kN>
+  template <typename T, bool kFirst, int kN>
   __device__ __forceinline__ bool exponentiate(const float (&s)[1][kN][4], uint32_t (&a)[kN / 2][4]) {
     float total[2][2] = {};
 #pragma unroll
@@ -51,10 +49,13 @@ struct OptimisticSoftmax {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       latest[half] = total[half][0] + total[half][1];
-      held = held && latest[half] <= kMaxSum && reference[half] != -INFINITY;
+      held = held && latest[half] <= kMaxSum<T> && (kFirst ? latest[half] >= kMinSum<T> : reference[half] != -INFINITY);
     }
     return !__any_sync(~0u, !held);
   }
+
+  // There is no reference point yet, and 0 will not do.
+  __device__ __forceinline__ void forget() { reference[0] = reference[1] = -INFINITY; }
 
   __device__ __forceinline__ void accept() { sum[0] += latest[0], sum[1] += latest[1]; }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A CUDA thread block on one CPU thread: every CUDA thread is a fiber (ucontext) that runs until it meets others.
+// A cluster of CUDA thread blocks on one CPU thread: every CUDA thread is a fiber (ucontext) that runs until it meets
+// others.
 // Enough of CUDA C++ to run the kernels of kernels/attention unchanged, so that their indexing, masks, pipelines and
 // barriers can be tested where there is no GPU. It finds wrong addresses, missing waits and deadlocks; it does not find
 // every race, since fibers switch only where they meet, and it says nothing about speed.
@@ -45,13 +46,18 @@ struct Meeting {
   uint64_t round = 0;
 };
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 512, kMaxCluster = 2;
 inline ucontext_t scheduler;
-inline std::vector<Fiber> fibers(kMaxThreads);
-inline int thread = 0, block = 0, grid = 0;
+inline std::vector<Fiber> fibers(kMaxThreads* kMaxCluster);
+inline int thread = 0, rank = 0, first_block = 0, grid = 0;  // rank: of the block in its cluster
 inline std::function<void()> body;
-inline Meeting block_meeting, warp_meeting[kMaxThreads / 32], named_meeting[16];
-alignas(128) inline char shared_memory[256 << 10];
+inline Meeting cluster_meeting, block_meeting[kMaxCluster], warp_meeting[kMaxCluster][kMaxThreads / 32],
+    named_meeting[kMaxCluster][16];
+alignas(128) inline char shared_memory[kMaxCluster][256 << 10];
+
+inline Fiber& fiber() { return fibers[rank * kMaxThreads + thread]; }
+inline void yield() { swapcontext(&fiber().context, &scheduler); }
+inline Meeting& meeting_of_warp() { return warp_meeting[rank][thread / 32]; }
 
 inline void wait_for_all(Meeting& meeting, const std::function<void()>& last_one = nullptr) {
   const uint64_t round = meeting.round;
@@ -60,49 +66,55 @@ inline void wait_for_all(Meeting& meeting, const std::function<void()>& last_one
     meeting.arrived = 0;
     ++meeting.round;
   } else {
-    while (meeting.round == round) swapcontext(&fibers[thread].context, &scheduler);
+    while (meeting.round == round) yield();
   }
 }
 
 // One warp-wide instruction: `act` sees the operands of all lanes and fills in all results.
 template <typename In, typename Out, typename Act>
 Out warp_instruction(const In& in, Act act) {
-  static In operands[kMaxThreads / 32][32];
-  static Out results[kMaxThreads / 32][32];
-  const int warp = thread / 32, lane = thread % 32;
+  static In operands[kMaxCluster * kMaxThreads / 32][32];
+  static Out results[kMaxCluster * kMaxThreads / 32][32];
+  const int warp = (rank * kMaxThreads + thread) / 32, lane = thread % 32;
   operands[warp][lane] = in;
-  wait_for_all(warp_meeting[warp], [&] { act(operands[warp], results[warp]); });
+  wait_for_all(meeting_of_warp(), [&] { act(operands[warp], results[warp]); });
   const Out out = results[warp][lane];
-  wait_for_all(warp_meeting[warp]);  // before anyone's next instruction of this kind overwrites the results
+  wait_for_all(meeting_of_warp());  // before anyone's next instruction of this kind overwrites the results
   return out;
 }
 
 inline void run_thread() {
   body();
-  fibers[thread].done = true;
-  swapcontext(&fibers[thread].context, &scheduler);
+  fiber().done = true;
+  yield();
 }
 
-inline void run_block(int threads) {
-  block_meeting = {threads};
-  for (Meeting& meeting : warp_meeting) meeting = {32};
-  for (Meeting& meeting : named_meeting) meeting = {};
+inline void run_cluster(int cluster, int threads) {
+  cluster_meeting = {cluster * threads};
   std::memset(shared_memory, 0xFF, sizeof(shared_memory));  // NaN in every type: what nobody wrote must not be read
-  for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = fibers[t];
-    fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    makecontext(&fiber.context, run_thread, 0);
+  auto for_each_thread = [&](auto act) {
+    for (rank = 0; rank < cluster; ++rank)
+      for (thread = 0; thread < threads; ++thread) act();
+  };
+  for (int r = 0; r < cluster; ++r) {
+    block_meeting[r] = {threads};
+    for (Meeting& meeting : warp_meeting[r]) meeting = {32};
+    for (Meeting& meeting : named_meeting[r]) meeting = {};
   }
+  for_each_thread([] {
+    fiber().done = false;
+    getcontext(&fiber().context);
+    fiber().context.uc_stack.ss_sp = fiber().stack.data();
+    fiber().context.uc_stack.ss_size = fiber().stack.size();
+    makecontext(&fiber().context, run_thread, 0);
+  });
   for (bool live = true; live;) {
     live = false;
-    for (thread = 0; thread < threads; ++thread) {
-      if (fibers[thread].done) continue;
-      swapcontext(&scheduler, &fibers[thread].context);
-      live = live || !fibers[thread].done;
-    }
+    for_each_thread([&] {
+      if (fiber().done) return;
+      swapcontext(&scheduler, &fiber().context);
+      live = live || !fiber().done;
+    });
   }
 }
 
@@ -113,14 +125,14 @@ struct Index {
 }  // namespace emulation
 
 #define threadIdx (emulation::Index{emulation::thread})
-#define blockIdx (emulation::Index{emulation::block})
+#define blockIdx (emulation::Index{emulation::first_block + emulation::rank})
 #define gridDim (emulation::Index{emulation::grid})
 
 using std::max;
 using std::min;
 
-inline void __syncthreads() { emulation::wait_for_all(emulation::block_meeting); }
-inline void __syncwarp() { emulation::wait_for_all(emulation::warp_meeting[emulation::thread / 32]); }
+inline void __syncthreads() { emulation::wait_for_all(emulation::block_meeting[emulation::rank]); }
+inline void __syncwarp() { emulation::wait_for_all(emulation::meeting_of_warp()); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
@@ -155,6 +167,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 inline int atomicAdd(int* address, int x) {
   const int before = *address;
@@ -185,6 +198,6 @@ inline float __log2f(float x) { return std::log2(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 
 inline void* __cvta_shared_to_generic(uint32_t address) {
-  if (address >= sizeof(emulation::shared_memory)) throw std::runtime_error("shared memory address out of range");
-  return emulation::shared_memory + address;
+  if (address >= sizeof(*emulation::shared_memory)) throw std::runtime_error("shared memory address out of range");
+  return emulation::shared_memory[emulation::rank] + address;
 }

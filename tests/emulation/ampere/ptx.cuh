@@ -13,6 +13,13 @@ inline uint32_t dynamic_shared() { return 0; }
 inline void await_previous_kernel() {}
 inline void let_next_kernel_begin() {}
 
+inline void cluster_sync() { emulation::wait_for_all(emulation::cluster_meeting); }
+inline float load_of_cluster(uint32_t shared, int rank) {
+  float x;
+  std::memcpy(&x, emulation::shared_memory[rank] + shared, 4);
+  return x;
+}
+
 // A copy arrives when its thread waits for it; until then its target holds NaN.
 struct Copy {
   uint32_t shared;

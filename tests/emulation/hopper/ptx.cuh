@@ -136,7 +136,7 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity) {
       end_phase(barrier);
     }
     if (barrier.phase % 2 != static_cast<int>(parity)) return;
-    swapcontext(&emulation::fibers[emulation::thread].context, &emulation::scheduler);
+    emulation::yield();
   }
 }
 
@@ -175,16 +175,16 @@ inline void stmatrix(uint32_t shared, const uint32_t (&r)[4]) {
 inline void fence_proxy_async() {}
 
 inline void named_barrier_arrive(int id, int threads) {
-  emulation::Meeting& meeting = emulation::named_meeting[id];
+  emulation::Meeting& meeting = emulation::named_meeting[emulation::rank][id];
   meeting.expected = threads;
   if (++meeting.arrived == threads) meeting.arrived = 0, ++meeting.round;
 }
 
 inline void named_barrier_sync(int id, int threads) {
-  const emulation::Meeting& meeting = emulation::named_meeting[id];
+  const emulation::Meeting& meeting = emulation::named_meeting[emulation::rank][id];
   const uint64_t round = meeting.round;
   named_barrier_arrive(id, threads);
-  while (meeting.round == round) swapcontext(&emulation::fibers[emulation::thread].context, &emulation::scheduler);
+  while (meeting.round == round) emulation::yield();
 }
 
 template <int kRegisters>
