@@ -54,6 +54,7 @@ CASES = {
     "block-64-heads-causal": {"block_size": 64, "heads": 2, "causal": True},
     "block-64-cut": {"block_size": 64, "longest": 1, "seqlens": (203, 450)},
     "block-128-cut": {"block_size": 128, "longest": 1, "seqlens": (203, 657), "heads": 2},
+    "block-64-cut-long": {"block_size": 64, "longest": 1, "seqlens": (70, 3700)},  # a line of more than 32 pieces
     "block-64-cut-all": {
         "block_size": 64,
         "longest": 1,

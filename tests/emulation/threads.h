@@ -91,7 +91,7 @@ inline void run_thread() {
 
 inline void run_cluster(int cluster, int threads) {
   cluster_meeting = {cluster * threads};
-  std::memset(shared_memory, 0xFF, sizeof(shared_memory));  // NaN in every type: what nobody wrote must not be read
+  std::memset(shared_memory, 0xFF, cluster * sizeof(*shared_memory));  // NaN: what nobody wrote must not be read
   auto for_each_thread = [&](auto act) {
     for (rank = 0; rank < cluster; ++rank)
       for (thread = 0; thread < threads; ++thread) act();
