@@ -64,9 +64,9 @@ CASES = {
         "seqlens": (203, 200),
     },
     "varlen-block-128-cut": {"cu_seqlens": ([0, 65, 65, 300], [0, 150, 150, 470]), "block_size": 128, "longest": 1},
-    "decode": {"seqlens": (1, 2100)},  # the keys are split
-    "decode-heads": {"seqlens": (3, 1100), "heads": 2},
-    "decode-causal-kv-range": {"seqlens": (3, 1100), "causal": True, "kv_range": [[300, 1100], [0, 500]]},
+    "decode": {"seqlens": (1, 1100)},  # the keys are split
+    "decode-heads": {"seqlens": (3, 300), "heads": 2},
+    "decode-causal-kv-range": {"seqlens": (3, 600), "causal": True, "kv_range": [[300, 600], [0, 500]]},
     "decode-no-key": {"seqlens": (2, 70), "kv_range": [[9, 9], [69, 70]]},
     "varlen": {"cu_seqlens": ([0, 65, 65, 100], [0, 31, 100, 170])},
     "varlen-causal-block-64": {"cu_seqlens": ([0, 65, 65, 100], [0, 90, 100, 170]), "causal": True, "block_size": 64},
@@ -77,7 +77,10 @@ CASES = {
 }
 
 
-WALKS = ("tall", "long-causal", "block-64-heads-causal", "varlen-causal-block-64", "dropout-block-64-kv-range")
+WALKS = (
+    "tall", "long-causal", "block-64-heads-causal", "block-64-cut-long", "varlen-causal-block-64",
+    "dropout-block-64-kv-range",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
