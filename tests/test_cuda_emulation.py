@@ -67,6 +67,8 @@ CASES = {
     "decode": {"seqlens": (1, 1100)},  # the keys are split
     "decode-heads": {"seqlens": (3, 300), "heads": 2},
     "decode-causal-kv-range": {"seqlens": (3, 600), "causal": True, "kv_range": [[300, 600], [0, 500]]},
+    "decode-cut-kv-range": {"seqlens": (1, 1100), "kv_range": [[300, 1090]]},
+    "decode-cut-one-key": {"seqlens": (1, 600), "kv_range": [[599, 600]]},  # one part has no key
     "decode-no-key": {"seqlens": (2, 70), "kv_range": [[9, 9], [69, 70]]},
     "varlen": {"cu_seqlens": ([0, 65, 65, 100], [0, 31, 100, 170])},
     "varlen-causal-block-64": {"cu_seqlens": ([0, 65, 65, 100], [0, 90, 100, 170]), "causal": True, "block_size": 64},
@@ -97,7 +99,7 @@ def test_kernels_match_reference(emulated, case, head_dim, dtype):
     heads, dropout_p, causal = options.pop("heads", 1), options.pop("dropout_p", 0.0), options.pop("causal", False)
     cu = [torch.tensor(c, dtype=torch.int32) for c in options.pop("cu_seqlens", ())]
     kv_range = torch.tensor(options["kv_range"], dtype=torch.int32) if "kv_range" in options else None
-    batch = 1 if kv_range is None else 2
+    batch = 1 if kv_range is None else len(kv_range)
     generator = torch.Generator().manual_seed(len(case) + head_dim)
     if cu:
         shapes = [(int(c[-1]), heads, head_dim) for c in (cu[0], cu[1], cu[1], cu[0])]

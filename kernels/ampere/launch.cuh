@@ -63,6 +63,13 @@ void allow_shared(const char* name) {
   here = true;
 }
 
+inline cudaLaunchAttribute in_clusters(int blocks) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  return attribute;
+}
+
 // One-dimensional launch with `kShared` bytes of dynamic shared memory, of clusters of so many blocks, on Hopper
 // ("Thread Block Clusters"). kEarly: on Hopper it may begin while the kernel before it in the stream ends
 // ("Programmatic Dependent Launch"), for what that one wrote it waits itself, with ptx::await_previous_kernel. Later
@@ -86,12 +93,13 @@ void launch_clusters(const char* name, int64_t blocks, int cluster, int threads,
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
   }
-  if (cluster > 1) {
-    cudaLaunchAttribute& of_cluster = attributes[config.numAttrs++];
-    of_cluster.id = cudaLaunchAttributeClusterDimension;
-    of_cluster.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  }
+  if (cluster > 1) attributes[config.numAttrs++] = in_clusters(cluster);
   check_cuda(cudaLaunchKernelEx(&config, kKernel, arguments...), name);
+}
+
+template <auto kKernel, int kShared, bool kEarly = false, typename... Arguments>
+void launch(const char* name, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
+  launch_clusters<kKernel, kShared, kEarly>(name, blocks, 1, threads, stream, arguments...);
 }
 
 // Clusters of so many blocks, at most 8, that this device runs at the same time: not always as many as its
@@ -101,25 +109,18 @@ int clusters_at_once(int cluster, int threads) {
   static std::vector<std::atomic<int>> known(9 * devices().size());  // and 1; 0: to be asked for
   std::atomic<int>& here = known[9 * current_device() + cluster];
   if (here != 0) return here - 1;
-  cudaLaunchAttribute of_cluster{};
-  of_cluster.id = cudaLaunchAttributeClusterDimension;
-  of_cluster.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchAttribute attribute = in_clusters(cluster);
   cudaLaunchConfig_t config{};
   config.gridDim = cluster;
   config.blockDim = threads;
   config.dynamicSmemBytes = kShared;
-  config.attrs = &of_cluster;
+  config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
   if (compute_capability() == 90)
     check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config), "cudaOccupancyMaxActiveClusters");
   here = clusters + 1;
   return clusters;
-}
-
-template <auto kKernel, int kShared, bool kEarly = false, typename... Arguments>
-void launch(const char* name, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
-  launch_clusters<kKernel, kShared, kEarly>(name, blocks, 1, threads, stream, arguments...);
 }
 
 }  // namespace flash_models

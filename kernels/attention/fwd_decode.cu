@@ -259,8 +259,8 @@ bool takes_decode(const AttentionProblem& p) {
 }
 
 int64_t decode_scratch(const AttentionProblem& p) {
-  if (items_of(p) == 0 || split_of(p).clusters == 1) return 0;
-  return items_of(p) * split_of(p).clusters * (padded_dim(p.head_dim) + 2);
+  const Split split = split_of(p);
+  return split.clusters == 1 ? 0 : items_of(p) * split.clusters * (padded_dim(p.head_dim) + 2);
 }
 
 void attention_fwd_decode(const AttentionProblem& p) {

@@ -17,7 +17,7 @@ struct OptimisticSoftmax {
   static constexpr float kMaxSum = std::is_same_v<T, __half> ? 0x1p10f : 0x1p40f;
   template <typename T>
   static constexpr float kMinSum = std::is_same_v<T, __half> ? 0x1p-6f : 0x1p-40f;
-  float reference[2] = {0.0f, 0.0f};  // of scores * scale_log2; -inf: no visible key so far
+  float reference[2] = {0.0f, 0.0f};  // of scores * scale_log2; 0: nothing yet; -inf: no visible key so far
   float sum[2] = {0.0f, 0.0f};        // this lane's part of the sums of the tiles accepted
   float latest[2];                    // of the tile at hand
 
@@ -32,7 +32,7 @@ struct OptimisticSoftmax {
   }
 
   // The probabilities of related scores, rounded to the A operands of the products that follow. False where a row of
-  // the warp has outgrown `reference` or has none: `move` it and try again, once.
+  // the warp has outgrown `reference`, has none or, in its first tile, lies far below: `move` it and try again, once.
   template <typename T, bool kFirst, int kN>
   __device__ __forceinline__ bool exponentiate(const float (&s)[1][kN][4], uint32_t (&a)[kN / 2][4]) {
     float total[2][2] = {};

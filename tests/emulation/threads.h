@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A cluster of CUDA thread blocks on one CPU thread: every CUDA thread is a fiber (ucontext) that runs until it meets
-// others.
-// Enough of CUDA C++ to run the kernels of kernels/attention unchanged, so that their indexing, masks, pipelines and
-// barriers can be tested where there is no GPU. It finds wrong addresses, missing waits and deadlocks; it does not find
-// every race, since fibers switch only where they meet, and it says nothing about speed.
+// others. Enough of CUDA C++ to run the kernels of kernels/attention unchanged, so that their indexing, masks,
+// pipelines and barriers can be tested where there is no GPU. It finds wrong addresses, missing waits and deadlocks; it
+// does not find every race, since fibers switch only where they meet, and it says nothing about speed.
 #pragma once
 
 #include <cuda_bf16.h>
