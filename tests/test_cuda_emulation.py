@@ -47,6 +47,8 @@ CASES = {
     "tall": {"seqlens": (2048, 130)},  # three consumers
     "long-causal": {"seqlens": (390, 390), "causal": True, "dropout_p": 0.1},
     "causal-long-q": {"causal": True, "seqlens": (150, 70)},
+    "causal-dealt": {"seqlens": (900, 900), "heads": 3, "causal": True},  # in pairs, then from within a head by size
+    "causal-dealt-odd": {"seqlens": (600, 640), "heads": 5, "causal": True},
     "kv-range": {"kv_range": [[5, 70], [9, 9]], "causal": True},
     "kv-range-behind": {"seqlens": (150, 450), "kv_range": [[300, 450], [449, 450]]},  # tiles nobody sees come first
     "block-64": {"block_size": 64},
@@ -80,8 +82,8 @@ CASES = {
 
 
 WALKS = (
-    "tall", "long-causal", "block-64-heads-causal", "block-64-cut-long", "varlen-causal-block-64",
-    "dropout-block-64-kv-range",
+    "tall", "long-causal", "causal-dealt", "causal-dealt-odd", "block-64-heads-causal", "block-64-cut-long",
+    "varlen-causal-block-64", "dropout-block-64-kv-range",
 )  # fmt: skip
 
 

@@ -67,25 +67,11 @@ struct Place {
   __device__ __forceinline__ Place() {}
 
   // `from_last`: start with the last tiles, where those have the most work.
-  __device__ __forceinline__ Place(const AttentionProblem& p, int number, int tiles, bool from_last) {
-    const int line = number % tiles, sequence_head = number / tiles, heads = static_cast<int>(p.heads);
-    tile = from_last ? tiles - 1 - line : line;
-    head = sequence_head % heads;
-    batch = sequence_head / heads;
-  }
+  __device__ __forceinline__ Place(const AttentionProblem& p, int number, int tiles, bool from_last)
+      : Place(p, from_last ? tiles - 1 - number % tiles : number % tiles, number / tiles) {}
 
-  // The same for a launch in pairs, items 2 i and 2 i + 1: a tile from the end of a head and one from its start, which
-  // under a causal mask have the same work in every pair. The middle one of an odd number is paired with none: `tiles`.
-  static __device__ __forceinline__ Place of_pair(const AttentionProblem& p, int number, int tiles) {
-    Place place(p, number / 2, (tiles + 1) / 2, false);
-    const int mirrored = tiles - 1 - place.tile;
-    if (number % 2 == 0) {
-      place.tile = mirrored;
-    } else if (place.tile == mirrored) {
-      place.tile = tiles;
-    }
-    return place;
-  }
+  __device__ __forceinline__ Place(const AttentionProblem& p, int tile, int sequence_head)
+      : tile(tile), head(sequence_head % static_cast<int>(p.heads)), batch(sequence_head / static_cast<int>(p.heads)) {}
 };
 
 // Item `number` of a launch over the pieces of a layout's lines, which are its tiles. The heads and sequences of a

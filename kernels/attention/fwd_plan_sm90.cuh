@@ -3,30 +3,79 @@
 // Which tiles of queries a CTA of fwd_sm90.cu takes, and what its other warps are told of each.
 #pragma once
 
+#include <algorithm>
+
 #include "fwd_shared_sm90.cuh"
 
 namespace flash_models {
 
+// The tiles of queries under a causal mask, where the last ones have the most work, as CTAs that stay share them. First
+// so many rounds of pairs, a tile from the end of a head and one from its start, which have the same work in every
+// pair, and side by side what a head reads. What is left, one to two rounds, is dealt by size: longest first, and every
+// second time around in the opposite direction, so that all end together.
+struct CausalDeal {
+  int tiles, heads, ctas, rounds;  // tiles of a head; heads of all sequences
+
+  CausalDeal() = default;
+  CausalDeal(int64_t tiles, int64_t heads, int64_t multiprocessors)
+      : tiles(static_cast<int>(tiles)),
+        heads(static_cast<int>(heads)),
+        ctas(static_cast<int>(std::min(tiles * heads, multiprocessors))),
+        rounds(ctas == 0 ? 0 : static_cast<int>(std::max<int64_t>(0, pairs_of_head() * heads / ctas - 1))) {}
+
+  __host__ __device__ __forceinline__ int pairs_of_head() const { return (tiles + 1) / 2; }
+  // Numbers of tiles; the middle one of an odd number has two, of which one is none.
+  __host__ __device__ __forceinline__ int in_pairs() const { return 2 * rounds * ctas; }
+  __host__ __device__ __forceinline__ int count() const { return in_pairs() + tiles * heads - dealt_in_pairs(); }
+
+  // The i-th of this CTA.
+  __device__ __forceinline__ int number(int i) const {
+    const int cta = blockIdx.x, round = i - 2 * rounds;
+    if (round < 0) return 2 * (cta + i / 2 * ctas) + i % 2;
+    return in_pairs() + round * ctas + (round % 2 == 0 ? cta : ctas - 1 - cta);
+  }
+
+  __device__ __forceinline__ Place place(const AttentionProblem& p, int number) const {
+    if (number < in_pairs()) {
+      const int near_end = number / 2 % pairs_of_head(), mirrored = tiles - 1 - near_end;
+      const int second = near_end == mirrored ? -1 : near_end;
+      return Place(p, number % 2 == 0 ? mirrored : second, number / 2 / pairs_of_head());
+    }
+    // Of the first head the outermost pairs are gone, so in the middle it has a tile of every size as the others do.
+    const int first = first_head(), gone = pairs_gone(), others = heads - first - (gone > 0), all = heads - first;
+    int left = number - in_pairs();
+    if (left < gone * others) return Place(p, tiles - 1 - left / others, heads - others + left % others);
+    left -= gone * others;
+    if (left < (tiles - 2 * gone) * all) return Place(p, tiles - 1 - gone - left / all, first + left % all);
+    left -= (tiles - 2 * gone) * all;
+    return Place(p, gone - 1 - left / others, heads - others + left % others);
+  }
+
+ private:
+  __host__ __device__ __forceinline__ int first_head() const { return rounds * ctas / pairs_of_head(); }
+  __host__ __device__ __forceinline__ int pairs_gone() const { return rounds * ctas % pairs_of_head(); }
+  __host__ __device__ __forceinline__ int dealt_in_pairs() const { return first_head() * tiles + 2 * pairs_gone(); }
+};
+
 // The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where
-// the work of one CTA is much like that of every other, which under a causal mask pairs of tiles see to, and in a
-// padded batch that a CTA's tiles lie in all its sequences, each takes its share; the pieces of a layout go to whoever
-// asks next, and that is late, when the last keys of a CTA's tile are sent for: what one takes early the others lack in
-// the end. Packed sequences go through the hardware's queue, a CTA each.
+// the work of one CTA is much like that of every other, as in a padded batch, since a CTA's tiles lie in all its
+// sequences, each takes its share; the pieces of a layout go to whoever asks next, and that is late, when the last keys
+// of a CTA's tile are sent for: what one takes early the others lack in the end. Packed sequences go through the
+// hardware's queue, a CTA each.
 struct Schedule {
   int query_tiles, count;
-  bool pairs;
   int32_t* ticket;
+  CausalDeal deal;
+  bool dealt;
 
   // The i-th tile of this CTA, where there are no tickets.
-  __device__ __forceinline__ int number(int i) const {
-    return ((blockIdx.x + (i >> pairs) * gridDim.x) << pairs) + (i & pairs);
-  }
+  __device__ __forceinline__ int number(int i) const { return dealt ? deal.number(i) : blockIdx.x + i * gridDim.x; }
 
   // Most work first: the last queries under a causal mask, otherwise the first, the global tokens of many layouts.
   __device__ __forceinline__ ListedWork work(const AttentionProblem& p, int number) const {
     if (p.rows.start != nullptr) return {p, p.rows, p.row_items, query_tiles, p.causal ? count - 1 - number : number};
     ListedWork whole;
-    whole.place = pairs ? Place::of_pair(p, number, query_tiles) : Place(p, number, query_tiles, p.causal);
+    whole.place = dealt ? deal.place(p, number) : Place(p, number, query_tiles, p.causal);
     return whole;
   }
 };

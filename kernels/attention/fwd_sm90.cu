@@ -278,16 +278,17 @@ void launch_forward(const AttentionProblem& p) {
   const ForwardMaps maps{query_map<typename Shared::Query>(p, p.q), key_map<typename Shared::Key>(p, p.k),
                          key_map<typename Shared::Key>(p, p.v), query_map<typename Shared::Rows>(p, p.out)};
   const bool listed = p.rows.start != nullptr, alike = !listed && p.cu_seqlens_q == nullptr;
-  const bool pairs = alike && p.causal;
   const int64_t query_tiles = ceil_div(p.seqlen_q, Config::kTileQ);
-  const int64_t units = listed ? ListedWork::count(p, p.rows, p.row_items.count)
-                               : (pairs ? ceil_div(query_tiles, 2) : query_tiles) * p.heads * p.batch;
-  if (units << pairs > 0x3FFFFFFF)
-    throw std::runtime_error("flash_models: attention_fwd_sm90 takes fewer than 2^30 query tiles; split the batch");
-  const int64_t ctas = listed || alike ? std::min<int64_t>(units, Config::kCtasPerSm * multiprocessors()) : units;
+  const int64_t units = listed ? ListedWork::count(p, p.rows, p.row_items.count) : query_tiles * p.heads * p.batch;
+  if (units > 0x1FFFFFFF)
+    throw std::runtime_error("flash_models: attention_fwd_sm90 takes fewer than 2^29 query tiles; split the batch");
+  const int64_t at_once = Config::kCtasPerSm * multiprocessors();
+  const int64_t ctas = listed || alike ? std::min<int64_t>(units, at_once) : units;
+  const CausalDeal deal(query_tiles, p.heads * p.batch, at_once);
+  const bool dealt = alike && p.causal;
   launch<attention_fwd_sm90<T, Config>, Shared::kBytes>(
       "attention_fwd_sm90", ctas, Config::kThreads, p.stream, p, maps,
-      Schedule{static_cast<int>(query_tiles), static_cast<int>(units << pairs), pairs, p.ticket});
+      Schedule{static_cast<int>(query_tiles), dealt ? deal.count() : static_cast<int>(units), p.ticket, deal, dealt});
 }
 
 }  // namespace
