@@ -23,7 +23,6 @@ SOURCES = (
     "attention/bwd_rows.cu",
     "attention/bwd_sm80.cu",
     "attention/bwd_sm90.cu",
-    "attention/combine_sm90.cu",
     "attention/bwd_dq_sm80.cu",
     "attention/op.cpp",
     "layout/lists.cu",

@@ -32,29 +32,37 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 #endif
 }
 
-// "Parallel Synchronization: barrier.cluster". By all threads of a cluster; what they wrote to shared memory before can
-// then be read by all. Blocks in clusters need compute capability 9.0.
-__device__ __forceinline__ void cluster_sync() {
+// "Parallel Synchronization: barrier.cluster". By all threads of a cluster that have not ended. Who has waited may read
+// what the others wrote to its shared memory before they arrived. Blocks in clusters need compute capability 9.0.
+__device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+// The same where nothing has been written, at the start: the others wait until this block's shared memory is there.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
-// "Data Movement: mapa, ld". What lies at this address of the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ float load_of_cluster(uint32_t shared, int rank) {
-  float x = 0.0f;
+// "Data Movement: mapa, st". Writes to this address of the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ void store_to_cluster(uint32_t shared, int rank, float x) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n"
       ".reg .u32 there;\n"
-      "mapa.shared::cluster.u32 there, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [there];\n"
-      "}"
-      : "=f"(x)
-      : "r"(shared), "r"(rank)
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.f32 [there], %2;\n"
+      "}" ::"r"(shared),
+      "r"(rank), "f"(x)
       : "memory");
 #endif
-  return x;
 }
 
 // "Data Movement: cp.async". Copies 16 bytes global -> shared, or writes 16 zero bytes when !valid (src-size 0).

@@ -68,17 +68,19 @@ struct AttentionProblem {
   DType dtype = DType::kFloat32;
   void* stream = nullptr;    // cudaStream_t
   float* partial = nullptr;  // scratch, forward_scratch_*() floats, or BackwardScratch::partial; nullptr when that is 0
-  int32_t* ticket = nullptr;  // 0 at the start: the next work item. With a layout only
+  // Scratch, integers that the first launch of a pass sets to 0, `zeros` in all: the next work item, in the forward
+  // pass with a layout only, and after it how many pieces of a cut line are done (partial.cuh).
+  int32_t* ticket = nullptr;
+  int64_t zeros = 0;
 };
 
 // The backward pass also reads p.out and p.lse.
 struct AttentionGradients {
   View dout, dq, dk, dv;
-  float* delta = nullptr;     // scratch, BackwardScratch::rows floats: rowsum(dout * out)
-  float* shift = nullptr;     // the same: lse * log2(e), in the form that the CUDA kernels subtract
-  void* starts = nullptr;     // scratch, BackwardScratch::starts rows of 16 bytes (starts.cuh); nullptr when 0
-  float* dq_sum = nullptr;    // scratch, BackwardScratch::dq_sum floats; nullptr when that is 0
-  int32_t* ticket = nullptr;  // scratch: the next key tile of a CTA
+  float* delta = nullptr;   // scratch, BackwardScratch::rows floats: rowsum(dout * out)
+  float* shift = nullptr;   // the same: lse * log2(e), in the form that the CUDA kernels subtract
+  void* starts = nullptr;   // scratch, BackwardScratch::starts rows of 16 bytes (starts.cuh); nullptr when 0
+  float* dq_sum = nullptr;  // scratch, BackwardScratch::dq_sum floats; nullptr when that is 0
 };
 
 // One sequence of the batch, as both backends see it.
@@ -99,23 +101,25 @@ int64_t decode_scratch(const AttentionProblem& p);  // floats
 void attention_fwd_decode(const AttentionProblem& p);
 void attention_fwd_sm80(const AttentionProblem& p);
 void attention_fwd_sm90(const AttentionProblem& p);
-void attention_fwd_combine_sm90(const AttentionProblem& p);  // partial results of the row items to out and lse
 void attention_bwd_rows(const AttentionProblem& p,
                         const AttentionGradients& g);  // delta and shift; all others need them
 void attention_bwd_sm80(const AttentionProblem& p, const AttentionGradients& g);
 void attention_bwd_sm90(const AttentionProblem& p, const AttentionGradients& g);
-void attention_bwd_combine_sm90(const AttentionProblem& p, const AttentionGradients& g);  // the same: dk and dv
-void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g);       // dq in a fixed order
+void attention_bwd_dq_sm80(const AttentionProblem& p, const AttentionGradients& g);  // dq in a fixed order
 
-// Floats of scratch that a forward pass needs, for what several CTAs compute of one query: none on the CPU.
-int64_t forward_scratch_cpu(const AttentionProblem& p);
-int64_t forward_scratch_cuda(const AttentionProblem& p);
+// Floats of scratch that a forward pass needs for what several CTAs compute of one query, and AttentionProblem::zeros.
+// None on the CPU.
+struct ForwardScratch {
+  int64_t partial, zeros;
+};
+ForwardScratch forward_scratch_cpu(const AttentionProblem& p);
+ForwardScratch forward_scratch_cuda(const AttentionProblem& p);
 
 // Floats of scratch that a backward pass needs: a value a row, twice; 16 bytes a row on Hopper without dropout, counted
-// in rows; what dq is added up in across CTAs, which is nothing on the CPU and in deterministic mode; the counter of
-// work items; and partial dk and dv.
+// in rows; what dq is added up in across CTAs, which is nothing on the CPU and in deterministic mode;
+// AttentionProblem::zeros; and partial dk and dv.
 struct BackwardScratch {
-  int64_t rows, starts, dq_sum, tickets, partial;
+  int64_t rows, starts, dq_sum, zeros, partial;
 };
 BackwardScratch backward_scratch_cpu(const AttentionProblem& p);
 BackwardScratch backward_scratch_cuda(const AttentionProblem& p);

@@ -79,6 +79,7 @@ struct Place {
 struct ListedWork {
   Place place;  // tile -1: a spare item, without work
   Piece piece;
+  int item = 0;       // of WorkItems
   int64_t slot = -1;  // among all partial results; -1: the piece is the whole line
 
   __device__ __forceinline__ ListedWork() {}
@@ -86,13 +87,14 @@ struct ListedWork {
   __device__ __forceinline__ ListedWork(const AttentionProblem& p, const BlockLists& lists, const WorkItems& work,
                                         int64_t lines, int number) {
     const int all = copies(p, lists), copy = number % all, per_head = static_cast<int>(lines);
-    const int4 item = reinterpret_cast<const int4*>(work.items)[number / all];
-    if (item.x < 0) return;
-    place.tile = item.x % per_head;
-    place.head = lists.head_stride == 0 ? copy / static_cast<int>(p.batch) : item.x / per_head;
+    item = number / all;
+    const int4 found = reinterpret_cast<const int4*>(work.items)[item];
+    if (found.x < 0) return;
+    place.tile = found.x % per_head;
+    place.head = lists.head_stride == 0 ? copy / static_cast<int>(p.batch) : found.x / per_head;
     place.batch = copy % static_cast<int>(p.batch);
-    piece = {item.y, item.z};
-    if (item.w >= 0) slot = copy * work.max_slots + item.w;
+    piece = {found.y, found.z};
+    if (found.w >= 0) slot = copy * work.max_slots + found.w;
   }
 
   // Heads and sequences that share the items, with slots of their own.

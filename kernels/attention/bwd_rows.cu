@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kThreads)
   const Sequence s = sequence_of(p, batch);
   const int64_t row = item - padded_row(p, s, batch, head);
   const bool valid = head < p.heads && row < s.q_len;
-  if (blockIdx.x == 0 && threadIdx.x == 0 && g.ticket != nullptr) *g.ticket = 0;
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < p.zeros; i += gridDim.x * int64_t{kThreads})
+    p.ticket[i] = 0;
   if (g.dq_sum != nullptr && dim < kDim) {
     float4* dq_sum = reinterpret_cast<float4*>(g.dq_sum + item * kDim + dim);
     dq_sum[0] = dq_sum[1] = {};

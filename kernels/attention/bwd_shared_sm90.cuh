@@ -6,6 +6,7 @@
 #include "blocks.cuh"
 #include "draw.cuh"
 #include "hopper/tile.cuh"
+#include "partial.cuh"
 
 namespace flash_models {
 
@@ -31,6 +32,7 @@ struct KeyNote : TileNote {
   int q_len;
   int rows, key;    // of the sequence, from the tile's first key on; that key's place in the tensors
   int64_t dq_tile;  // where the sequence's dQ begins, in tiles of 64 rows
+  CutLine line;     // of which the tile is a piece, where it has a slot
 };
 
 //   K [2] | V [kTileK x kDim] | Q | dO [kStages][kTileQ x kDim] | dS^T [2][kTileK x kTileQ] | values of rows

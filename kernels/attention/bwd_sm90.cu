@@ -78,8 +78,9 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
   Ring<Config::kStages> ring;
   Ring<2> keys;
   Ring<1> values;
-  for (int number; (number = take_ticket(g.ticket)) < schedule.count;) {
+  for (int number; (number = take_ticket(p.ticket)) < schedule.count;) {
     const ListedWork work = schedule.work(p, number);
+    const CutLine line(p.column_items, work);
     const Place place = work.place;
     const Sequence s = sequence_of(p, place.batch);
     const int k0 = place.tile * Config::kTileK, rows = static_cast<int>(s.k_len) - k0;
@@ -95,7 +96,7 @@ __device__ __forceinline__ void produce(const AttentionProblem& p, const Attenti
     const bool walks = position < walk.count;
     const TileNote note{place.tile, head, place.batch, 2 * static_cast<int>(work.slot) + walks};
     shared.k_ring().await_empty(keys);
-    if (producer.leader) shared.notes().tile(keys.stage) = {note, visible, q_len, rows, key, first_row / 64};
+    if (producer.leader) shared.notes().tile(keys.stage) = {note, visible, q_len, rows, key, first_row / 64, line};
     const int lo = visible.lo - k0, hi = visible.hi - k0;
     if (walks) {
       producer.load(shared.k(keys.stage), maps.k, shared.k_ring().full(keys.stage), key, head, batch, lo, hi);
@@ -267,6 +268,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     };
     store(dk, g.dk, p.scale, 0);
     store(dv, g.dv, kDropout ? p.keep_scale : 1.0f, 1);
+    if (note.slot() >= 0) combine_keys_if_last<T, kDim>(p, g, note, row0);
   };
 
   auto begin_tile = [&] {
@@ -375,7 +377,6 @@ void launch_backward(const AttentionProblem& p, const AttentionGradients& g) {
   const int64_t ctas = std::min<int64_t>(count, Config::kCtasPerSm * multiprocessors());
   launch<attention_bwd_sm90<T, Config>, Shared::kBytes, true>("attention_bwd_sm90", ctas, Config::kThreads, p.stream, p,
                                                               g, maps, Schedule{key_tiles, static_cast<int>(count)});
-  attention_bwd_combine_sm90(p, g);
   if (g.dq_sum == nullptr) return;
   const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kStoredRows));
   launch<attention_bwd_store_dq_sm90<T, Config::kDim, Config::kDqDim>, 0, true>(

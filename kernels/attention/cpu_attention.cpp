@@ -161,7 +161,7 @@ void attention_bwd_cpu(const AttentionProblem& p, const AttentionGradients& g) {
   run_tiles(keys);
 }
 
-int64_t forward_scratch_cpu(const AttentionProblem&) { return 0; }
+ForwardScratch forward_scratch_cpu(const AttentionProblem&) { return {0, 0}; }
 
 BackwardScratch backward_scratch_cpu(const AttentionProblem& p) {
   return {p.heads * (p.cu_seqlens_q != nullptr ? p.total_q : p.batch * p.seqlen_q), 0, 0, 0, 0};

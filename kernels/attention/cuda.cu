@@ -25,13 +25,15 @@ BackwardScratch backward_scratch_cuda(const AttentionProblem& p) {
   const bool hopper = on_hopper(p) && hopper_backward_fits(p);
   const int64_t rows = padded_rows(p), dim = padded_dim(p.head_dim);
   const int64_t starts = hopper && p.rng_state == nullptr ? rows : 0;
-  const int64_t partial = hopper ? partial_floats(p, p.columns, p.column_items, partial_dkv_floats(dim)) : 0;
-  return {rows, starts, p.deterministic ? 0 : rows * dim, 1, partial};
+  const int64_t warps = hopper ? partial_warps(p, p.columns, p.column_items) : 0;
+  return {rows, starts, p.deterministic ? 0 : rows * dim, 1 + warps, warps * partial_dkv_floats(dim)};
 }
 
-int64_t forward_scratch_cuda(const AttentionProblem& p) {
-  if (takes_decode(p)) return decode_scratch(p);
-  return on_hopper(p) ? partial_floats(p, p.rows, p.row_items, partial_out_floats(padded_dim(p.head_dim))) : 0;
+ForwardScratch forward_scratch_cuda(const AttentionProblem& p) {
+  if (takes_decode(p)) return {decode_scratch(p), 0};
+  if (!on_hopper(p) || p.rows.start == nullptr) return {0, 0};
+  const int64_t warps = partial_warps(p, p.rows, p.row_items);
+  return {warps * partial_out_floats(padded_dim(p.head_dim)), 1 + warps};
 }
 
 void attention_fwd_cuda(const AttentionProblem& p) {

@@ -9,7 +9,8 @@
 //   CTA         512 threads, a part of the keys of one (sequence, head, query)
 //   group       kLanes threads with 8 dimensions each: a row of K and V; kUnroll rows are at work, as many under way
 //   row         [kDim + 2] floats: sum of exp2(score - max) v, that sum without v, max; log2 units. Of a warp and of a
-//               CTA in shared memory, of a cluster in p.partial [item][cluster]
+//               CTA in shared memory, the latter in that of the cluster's first, of a cluster in p.partial
+//               [item][cluster]
 #include <algorithm>
 
 #include "dispatch.cuh"
@@ -60,11 +61,11 @@ struct Item {
   const int query, head, batch;
   const Sequence s;
 
-  __device__ __forceinline__ Item(const AttentionProblem& p, int number)
-      : query(number % static_cast<int>(p.seqlen_q)),
-        head(number / static_cast<int>(p.seqlen_q) % static_cast<int>(p.heads)),
-        batch(number / static_cast<int>(p.seqlen_q * p.heads)),
-        s(sequence_of(p, batch)) {}
+  __device__ __forceinline__ Item(const AttentionProblem& p, unsigned number)
+      : query(number % static_cast<unsigned>(p.seqlen_q)),
+        head(number / static_cast<unsigned>(p.seqlen_q) % static_cast<unsigned>(p.heads)),
+        batch(number / static_cast<unsigned>(p.seqlen_q * p.heads)),
+        s(unpacked_sequence_of(p, batch)) {}
 
   // Its row of q or out.
   template <typename T>
@@ -103,10 +104,11 @@ struct Element {
     return total;
   }
 
-  template <int kDim>
-  __device__ __forceinline__ void store_row(float* row, int dim) const {
-    row[dim] = acc;
-    if (dim == 0) row[kDim] = sum, row[kDim + 1] = max;
+  // Calls `write(j, x)` for its elements of a row.
+  template <int kDim, typename Write>
+  __device__ __forceinline__ void store_row(int dim, Write write) const {
+    write(dim, acc);
+    if (dim == 0) write(kDim, sum), write(kDim + 1, max);
   }
 
   template <typename T>
@@ -124,8 +126,6 @@ __device__ __forceinline__ Partial attend(const AttentionProblem& p, const Item&
   constexpr int kLanes = lanes_of_row(kDim), kGroups = kThreads / kLanes;
   const int group = threadIdx.x / kLanes, dim = 8 * (threadIdx.x % kLanes);
   const bool has_dim = dim < p.head_dim;
-  float q[8] = {}, x[8];
-  if (has_dim) unpack<T>(q, *reinterpret_cast<const uint4*>(item.row<const T>(p.q) + dim));
   const T* k = static_cast<const T*>(p.k.data) + key_offset(p.k, item.s, item.batch, item.head) + dim;
   const T* v = static_cast<const T*>(p.v.data) + key_offset(p.v, item.s, item.batch, item.head) + dim;
 
@@ -141,6 +141,10 @@ __device__ __forceinline__ Partial attend(const AttentionProblem& p, const Item&
   uint4 rows_k[kUnroll], rows_v[kUnroll];
   load(rows_k, k, p.k.seq, begin + group);
   load(rows_v, v, p.v.seq, begin + group);
+  uint4 row_q = {};
+  if (has_dim) row_q = *reinterpret_cast<const uint4*>(item.row<const T>(p.q) + dim);
+  float q[8], x[8];
+  unpack<T>(q, row_q);
   for (int key0 = begin + group; key0 - group < end; key0 += kUnroll * kGroups) {
     uint4 now_k[kUnroll], now_v[kUnroll];
 #pragma unroll
@@ -180,14 +184,16 @@ __global__ void __launch_bounds__(kThreads)
     attention_fwd_decode(const __grid_constant__ AttentionProblem p, const __grid_constant__ Split split) {
   constexpr int kLanes = lanes_of_row(kDim), kRow = kDim + 2;
   ptx::let_next_kernel_begin();
-  const int number = blockIdx.x / split.ctas(), part = blockIdx.x % split.ctas(), rank = part % split.cluster;
+  if (split.cluster > 1) ptx::cluster_arrive_relaxed();
+  const unsigned ctas = split.ctas(), number = blockIdx.x / ctas;  // unsigned numbers are divided faster
+  const int part = blockIdx.x % ctas, rank = blockIdx.x % static_cast<unsigned>(split.cluster);
   const Item item(p, number);
   const Visible visible(p, item.s);
   const int last = max(visible.lo, min(visible.hi, item.query + visible.diagonal + 1));
-  const int share = (last - visible.lo + split.ctas() - 1) / split.ctas(), begin = visible.lo + part * share;
+  const int share = (last - visible.lo + ctas - 1) / ctas, begin = visible.lo + part * share;
   const Partial of_warp = attend<T, kDim>(p, item, begin, min(begin + share, last));
 
-  const uint32_t base = ptx::dynamic_shared(), of_cta = base + 4 * kWarps * kRow;
+  const uint32_t base = ptx::dynamic_shared();
   float* rows = static_cast<float*>(__cvta_shared_to_generic(base));
   const int lane = threadIdx.x % 32, dim = threadIdx.x;
   if (lane < kLanes && 8 * lane < kDim) {  // at 96 a group has lanes to spare
@@ -201,17 +207,20 @@ __global__ void __launch_bounds__(kThreads)
   if (dim < kDim)
     element = Element::add_up<kDim, kWarps>(kWarps, dim, [&](int warp, int j) { return rows[warp * kRow + j]; });
   if (split.cluster > 1) {
-    if (dim < kDim) element.store_row<kDim>(rows + kWarps * kRow, dim);
-    ptx::cluster_sync();
-    if (rank == 0 && dim < kDim)
-      element = Element::add_up<kDim, kMaxCluster>(
-          split.cluster, dim, [&](int other, int j) { return ptx::load_of_cluster(of_cta + 4 * j, other); });
-    ptx::cluster_sync();  // no CTA leaves while its row is read
+    ptx::cluster_wait();  // the first one has begun
+    const uint32_t row = base + 4 * (kWarps + rank) * kRow;
+    if (dim < kDim) element.store_row<kDim>(dim, [&](int j, float x) { ptx::store_to_cluster(row + 4 * j, 0, x); });
+    ptx::cluster_arrive();
+    if (rank != 0) return;
+    ptx::cluster_wait();
+    if (dim < kDim)
+      element = Element::add_up<kDim, kMaxCluster>(split.cluster, dim,
+                                                   [&](int cta, int j) { return rows[(kWarps + cta) * kRow + j]; });
   }
-  if (rank != 0 || dim >= kDim) return;
+  if (dim >= kDim) return;
   if (split.clusters > 1) {
-    const int64_t cluster = blockIdx.x / split.cluster;
-    element.store_row<kDim>(p.partial + cluster * kRow, dim);
+    float* row = p.partial + int64_t{blockIdx.x / split.cluster} * kRow;
+    element.store_row<kDim>(dim, [&](int j, float x) { row[j] = x; });
   } else {
     element.store_result<T>(p, item, dim);
   }
@@ -232,7 +241,7 @@ __global__ void __launch_bounds__(kDim)
 
 int64_t items_of(const AttentionProblem& p) { return p.batch * p.heads * p.seqlen_q; }
 
-constexpr int shared_bytes(int dim) { return 4 * (kWarps + 1) * (dim + 2); }
+constexpr int shared_bytes(int dim) { return 4 * (kWarps + kMaxCluster) * (dim + 2); }
 
 // The split with the least work for a CTA one after the other, of those with enough keys for each to be worth starting.
 // Further clusters, or CTAs where there are none, only where one leaves half of the GPU idle.

@@ -64,7 +64,6 @@ struct CausalDeal {
 // hardware's queue, a CTA each.
 struct Schedule {
   int query_tiles, count;
-  int32_t* ticket;
   CausalDeal deal;
   bool dealt;
 
@@ -88,6 +87,7 @@ struct Planner {
   const Schedule& schedule;
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   const int lane = threadIdx.x % 32;
+  const bool by_ticket = Config::kListed && p.ticket != nullptr;
   unsigned ready = 0;  // the lanes whose tile has yet to be told of
   int round = 0;
   bool more = true;
@@ -96,7 +96,7 @@ struct Planner {
 
   // The note of one tile; false when it says that none is left.
   __device__ __forceinline__ bool operator()() {
-    if (schedule.ticket != nullptr && round > 0) {
+    if (by_ticket && round > 0) {
       ptx::mbarrier_wait(shared.wanted(), wanted.parity);
       wanted.advance();
     }
@@ -120,13 +120,19 @@ struct Planner {
  private:
   // The next tiles of this CTA, or one by ticket.
   __device__ __forceinline__ void look_ahead() {
-    const bool alone = schedule.ticket != nullptr;
-    const int number = alone ? take_ticket(schedule.ticket) : schedule.number(Config::kPlanned * round + lane);
-    const bool valid = number < schedule.count && lane < (alone ? 1 : Config::kPlanned);
+    int number = schedule.number(Config::kPlanned * round + lane);
+    if (by_ticket && round == 0) number = blockIdx.x;  // while the kernel before sets the tickets to 0
+    if (by_ticket && round > 0) {
+      ptx::await_previous_kernel();
+      number = gridDim.x + take_ticket(p.ticket);
+    }
+    const bool valid = number < schedule.count && (by_ticket || lane < Config::kPlanned);
     bool found = false;
     ++round;
-    if (valid) {
-      const ListedWork work = schedule.work(p, number);
+    ListedWork work;
+    if (valid) work = schedule.work(p, number);
+    const CutLine line = by_ticket ? CutLine(p.row_items, work) : CutLine();
+    if (valid && (!by_ticket || lane == 0)) {
       const Place place = work.place;
       const Sequence s = sequence_of(p, place.batch);
       const int q0 = place.tile * Config::kTileQ;
@@ -135,6 +141,7 @@ struct Planner {
         note.visible = Visible(p, s);
         note.walk = key_tiles(p, note.visible, work.piece, q0, Config::kTileQ, Config::kTileK);
         note.position = note.walk.next(0);
+        note.line = line;
         note.tile = place.tile, note.head = place.head, note.batch = place.batch;
         note.slot_and_work = 2 * static_cast<int>(work.slot) + (note.position < note.walk.count);
         note.rows = static_cast<int>(s.q_len) - q0;

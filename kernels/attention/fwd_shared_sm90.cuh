@@ -6,6 +6,7 @@
 #include "blocks.cuh"
 #include "draw.cuh"
 #include "hopper/tile.cuh"
+#include "partial.cuh"
 
 namespace flash_models {
 
@@ -14,6 +15,7 @@ struct ForwardConfig {
   static constexpr bool kDropout = kDropout_;
   static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileK = kTileK_;
   static constexpr int kTileQ = 64 * kWarpgroups, kThreads = 128 * (kWarpgroups + 1);
+  static constexpr bool kListed = kWarpgroups < 3;  // takes layouts
   static constexpr int kCtasPerSm = kWarpgroups == 1 ? (kDim <= 64 ? 3 : 2) : 1;
   // Of Q, as its place is where out leaves from. A short tile ends before the one after the next could come otherwise.
   static constexpr int kTileStages = kDim <= 64 || (kWarpgroups == 2 && !kDropout) ? 3 : 2;
@@ -34,6 +36,7 @@ struct QueryNote : TileNote {
   int rows;          // of the sequence, from the tile's first one on
   int row, key;      // the tile's first row and the sequence's first key, in the tensors
   int position;      // the first one to walk
+  CutLine line;      // of which the tile is a piece, where it has a slot
   int64_t out, lse;  // where the first row is written
   Tiles walk;
 };

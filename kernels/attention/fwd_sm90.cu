@@ -219,7 +219,8 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     const int row = lane.row + 8 * second, rows = known.rows - row0;
     const float lse = softmax.lse(second);
     float* partial = partial_of_warp(p, done.slot(), row0, partial_out_floats(kDim));
-    if (done.slot() >= 0) {
+    const bool piece = Config::kListed && done.slot() >= 0;
+    if (piece) {
       if (lane.col < 4) partial[16 * kDim + row] = lse;
     } else if (lane.col < 4 && row < rows) {
       p.lse[known.lse + row0 + row] = lse;
@@ -227,7 +228,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     begin_tile(note, done.walks() ? values.next() : values);
     ptx::wgmma_wait<1>();
     if (done.walks()) shared.v_ring().release(values);
-    if (done.slot() >= 0) {
+    if (piece) {
       store_partial(out, factor[0], partial, lane.id);
     } else {
       // Q is not needed any more, and from its place out goes on by the copy engine.
@@ -245,6 +246,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     }
     leaving = true;
     ptx::wgmma_wait<0>();
+    if (piece) combine_out_if_last<T, kDim>(p, known, row0);
   }
   ptx::bulk_wait_read_warp();
 }
@@ -253,7 +255,6 @@ template <typename T, typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     attention_fwd_sm90(const __grid_constant__ AttentionProblem p, const __grid_constant__ ForwardMaps maps,
                        const __grid_constant__ Schedule schedule) {
-  ptx::let_next_kernel_begin();
   if (threadIdx.x == 0) ForwardShared<T, Config>{ptx::swizzled_shared()}.init_barriers();
   __syncthreads();
   if (threadIdx.x < 128) {
@@ -272,6 +273,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   }
 }
 
+// First launch where there is a layout. The forward kernel starts meanwhile.
+constexpr int kZerosThreads = 256;
+
+__global__ void attention_fwd_zeros(const __grid_constant__ AttentionProblem p) {
+  ptx::let_next_kernel_begin();
+  const int64_t i = blockIdx.x * int64_t{kZerosThreads} + threadIdx.x;
+  if (i < p.zeros) p.ticket[i] = 0;
+}
+
 template <typename T, typename Config>
 void launch_forward(const AttentionProblem& p) {
   using Shared = ForwardShared<T, Config>;
@@ -286,9 +296,18 @@ void launch_forward(const AttentionProblem& p) {
   const int64_t ctas = listed || alike ? std::min<int64_t>(units, at_once) : units;
   const CausalDeal deal(query_tiles, p.heads * p.batch, at_once);
   const bool dealt = alike && p.causal;
-  launch<attention_fwd_sm90<T, Config>, Shared::kBytes>(
-      "attention_fwd_sm90", ctas, Config::kThreads, p.stream, p, maps,
-      Schedule{static_cast<int>(query_tiles), dealt ? deal.count() : static_cast<int>(units), p.ticket, deal, dealt});
+  const Schedule schedule{static_cast<int>(query_tiles), dealt ? deal.count() : static_cast<int>(units), deal, dealt};
+  if constexpr (Config::kListed) {
+    if (listed) {
+      launch<attention_fwd_zeros, 0>("attention_fwd_zeros", ceil_div(p.zeros, kZerosThreads), kZerosThreads, p.stream,
+                                     p);
+      launch<attention_fwd_sm90<T, Config>, Shared::kBytes, true>("attention_fwd_sm90", ctas, Config::kThreads,
+                                                                  p.stream, p, maps, schedule);
+      return;
+    }
+  }
+  launch<attention_fwd_sm90<T, Config>, Shared::kBytes>("attention_fwd_sm90", ctas, Config::kThreads, p.stream, p, maps,
+                                                        schedule);
 }
 
 }  // namespace
@@ -309,7 +328,6 @@ void attention_fwd_sm90(const AttentionProblem& p) {
       launch_forward<T, ForwardConfig<kDim, 3, 128, kDropout>>(p);
     }
   });
-  attention_fwd_combine_sm90(p);
 }
 
 }  // namespace flash_models

@@ -201,10 +201,10 @@ OptionalTensor scratch_on(const Tensor& like, int64_t floats, float*& begin) {
 
 using Forward = void (*)(const AttentionProblem&);
 using Backward = void (*)(const AttentionProblem&, const AttentionGradients&);
-using ForwardScratch = int64_t (*)(const AttentionProblem&);
-using Scratch = BackwardScratch (*)(const AttentionProblem&);
+using ScratchOfForward = ForwardScratch (*)(const AttentionProblem&);
+using ScratchOfBackward = BackwardScratch (*)(const AttentionProblem&);
 
-template <Forward kForward, ForwardScratch kScratch>
+template <Forward kForward, ScratchOfForward kScratch>
 void attention_fwd(StableIValue* values, uint64_t, uint64_t) {
   Arguments a{values};
   const auto guard = on_device_of(a.q);
@@ -214,17 +214,17 @@ void attention_fwd(StableIValue* values, uint64_t, uint64_t) {
   const Tensor lse = result_on(a.q, lse_shape(p), ScalarType::Float, a.packed());
   p.out = view_of(out, "out", axes_of(a.packed(), false));
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  const OptionalTensor partial = scratch_on(a.q, kScratch(p), p.partial);
-  OptionalTensor ticket;
-  if (p.row_items.count > 0) {
-    ticket = zeros_on(a.q, {1}, ScalarType::Int);
-    p.ticket = static_cast<int32_t*>(ticket->mutable_data_ptr());
-  }
+  const ForwardScratch scratch = kScratch(p);
+  const OptionalTensor partial = scratch_on(a.q, scratch.partial, p.partial);
+  float* zeros = nullptr;
+  const OptionalTensor tickets = scratch_on(a.q, scratch.zeros, zeros);
+  p.ticket = reinterpret_cast<int32_t*>(zeros);
+  p.zeros = scratch.zeros;
   if (out.numel() > 0) kForward(p);
   give(values, out, lse);
 }
 
-template <Backward kBackward, Scratch kScratch>
+template <Backward kBackward, ScratchOfBackward kScratch>
 void attention_bwd(StableIValue* values, uint64_t, uint64_t) {
   Stack stack{values};
   Tensor dout = stack.take<Tensor>(), out = stack.take<Tensor>();
@@ -257,9 +257,10 @@ void attention_bwd(StableIValue* values, uint64_t, uint64_t) {
   g.delta = row_values + 4 * scratch.starts;
   g.shift = g.delta + scratch.rows;
   float* begin = nullptr;
-  const OptionalTensor sums = scratch_on(a.q, scratch.dq_sum + scratch.tickets, begin);
+  const OptionalTensor sums = scratch_on(a.q, scratch.dq_sum + scratch.zeros, begin);
   if (scratch.dq_sum > 0) g.dq_sum = begin;
-  if (scratch.tickets > 0) g.ticket = reinterpret_cast<int32_t*>(begin + scratch.dq_sum);
+  if (scratch.zeros > 0) p.ticket = reinterpret_cast<int32_t*>(begin + scratch.dq_sum);
+  p.zeros = scratch.zeros;
   const OptionalTensor partial = scratch_on(a.q, scratch.partial, p.partial);
   if (a.q.numel() > 0 || a.k.numel() > 0) kBackward(p, g);
   give(values, dq, dk, dv);

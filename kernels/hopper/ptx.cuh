@@ -128,12 +128,14 @@ __device__ __forceinline__ void bulk_load_warp(uint32_t shared, const void* glob
 }
 
 // "cp.reduce.async.bulk": adds `bytes` of shared memory, floats, to global memory, as one group of its issuer. Called
-// by a warp; one of its lanes issues.
+// by a warp; one of its lanes issues. L2 keeps the sum longest, as it is added to and read again: the policy that
+// createpolicy.fractional.L2::evict_last makes, of which there is only one.
 __device__ __forceinline__ void bulk_add_warp(float* global, uint32_t shared, int bytes) {
-  asm volatile(FM_ELECTED("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
-                          "@leader cp.async.bulk.commit_group;")::"l"(global),
-               "r"(shared), "r"(bytes)
-               : "memory");
+  asm volatile(
+      FM_ELECTED("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;\n"
+                 "@leader cp.async.bulk.commit_group;")::"l"(global),
+      "r"(shared), "r"(bytes), "l"(0x14F0000000000000)
+      : "memory");
 }
 
 // Waits until the groups that this warp issued have read their shared memory.

@@ -37,6 +37,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(256 << 10);
   bool done = false;
+  uint64_t awaited = 0;  // the round of the cluster's meeting that it arrived in
 };
 
 // Threads that wait for each other: a block or a warp.
@@ -58,15 +59,22 @@ inline Fiber& fiber() { return fibers[rank * kMaxThreads + thread]; }
 inline void yield() { swapcontext(&fiber().context, &scheduler); }
 inline Meeting& meeting_of_warp() { return warp_meeting[rank][thread / 32]; }
 
-inline void wait_for_all(Meeting& meeting, const std::function<void()>& last_one = nullptr) {
+inline uint64_t arrive(Meeting& meeting, const std::function<void()>& last_one = nullptr) {
   const uint64_t round = meeting.round;
   if (++meeting.arrived == meeting.expected) {
     if (last_one) last_one();
     meeting.arrived = 0;
     ++meeting.round;
-  } else {
-    while (meeting.round == round) yield();
   }
+  return round;
+}
+
+inline void wait_for(const Meeting& meeting, uint64_t round) {
+  while (meeting.round == round) yield();
+}
+
+inline void wait_for_all(Meeting& meeting, const std::function<void()>& last_one = nullptr) {
+  wait_for(meeting, arrive(meeting, last_one));
 }
 
 // One warp-wide instruction: `act` sees the operands of all lanes and fills in all results.
@@ -167,6 +175,8 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+
+inline void __threadfence() {}  // one CPU thread
 
 inline int atomicAdd(int* address, int x) {
   const int before = *address;

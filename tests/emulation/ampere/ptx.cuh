@@ -13,11 +13,11 @@ inline uint32_t dynamic_shared() { return 0; }
 inline void await_previous_kernel() {}
 inline void let_next_kernel_begin() {}
 
-inline void cluster_sync() { emulation::wait_for_all(emulation::cluster_meeting); }
-inline float load_of_cluster(uint32_t shared, int rank) {
-  float x;
-  std::memcpy(&x, emulation::shared_memory[rank] + shared, 4);
-  return x;
+inline void cluster_arrive() { emulation::fiber().awaited = emulation::arrive(emulation::cluster_meeting); }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
+inline void cluster_wait() { emulation::wait_for(emulation::cluster_meeting, emulation::fiber().awaited); }
+inline void store_to_cluster(uint32_t shared, int rank, float x) {
+  std::memcpy(emulation::shared_memory[rank] + shared, &x, 4);
 }
 
 // A copy arrives when its thread waits for it; until then its target holds NaN.
