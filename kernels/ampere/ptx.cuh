@@ -32,6 +32,14 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 #endif
 }
 
+// This thread's lane, read once: from a plain threadIdx.x the compiler reads the special register again at every use,
+// which waits behind all that is under way to memory.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // "Parallel Synchronization: barrier.cluster". By all threads of a cluster that have not ended. Who has waited may read
 // what the others wrote to its shared memory before they arrived. Blocks in clusters need compute capability 9.0.
 __device__ __forceinline__ void cluster_arrive() {

@@ -26,7 +26,6 @@
 #include "bwd_shared_sm90.cuh"
 #include "dispatch.cuh"
 #include "maps.h"
-#include "partial.cuh"
 #include "row_tiles.cuh"
 #include "softmax.cuh"
 #include "starts.cuh"

@@ -26,12 +26,12 @@ inline int64_t partial_warps(const AttentionProblem& p, const BlockLists& lists,
   return ListedWork::count(p, lists, work.max_slots) * (p.block_size / 16);
 }
 
-__device__ __forceinline__ int64_t warp_of_slot(const AttentionProblem& p, int64_t slot, int row0) {
+__device__ __forceinline__ int warp_of_slot(const AttentionProblem& p, int slot, int row0) {
   return slot * (static_cast<int>(p.block_size) / 16) + row0 / 16;
 }
 
 __device__ __forceinline__ float* partial_of_warp(const AttentionProblem& p, int64_t slot, int row0, int of_warp) {
-  return p.partial + warp_of_slot(p, slot, row0) * of_warp;
+  return p.partial + (slot * (static_cast<int>(p.block_size) / 16) + row0 / 16) * of_warp;
 }
 
 template <int kN>
@@ -87,7 +87,7 @@ template <typename T, int kDim, typename Note>
 __device__ __forceinline__ void combine_out_if_last(const AttentionProblem& p, const Note& note, int row0) {
   const CutLine line = note.line;
   if (!line.arrive_last(p, row0)) return;
-  const Lane lane;
+  const Lane lane{ptx::lane_id()};
   const float* partial = partial_of_warp(p, line.first_slot, row0, partial_out_floats(kDim));
   const int64_t stride = p.block_size / 16 * partial_out_floats(kDim);
   auto lse_of = [&](int i, int half) { return partial[i * stride + 16 * kDim + lane.row + 8 * half]; };
@@ -130,7 +130,7 @@ __device__ __forceinline__ void combine_keys_if_last(const AttentionProblem& p, 
                                                      const Note& note, int row0) {
   const CutLine line = note.line;
   if (!line.arrive_last(p, row0)) return;
-  const Lane lane;
+  const Lane lane{ptx::lane_id()};
   const float* partial = partial_of_warp(p, line.first_slot, row0, partial_dkv_floats(kDim));
   const int stride = static_cast<int>(p.block_size) / 16 * partial_dkv_floats(kDim);
 #pragma unroll 1

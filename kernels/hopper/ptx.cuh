@@ -31,14 +31,6 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// This thread's lane, read once: from a plain threadIdx.x the compiler reads the special register again at every use,
-// which waits behind all that is under way to memory.
-__device__ __forceinline__ int lane_id() {
-  int lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
-}
-
 // "elect.sync": `instruction` by one lane of the warp, always the same. In the branch of that lane alone, ptxas would
 // put a loop around every instruction that takes uniform registers.
 #define FM_ELECTED(instruction) "{\n.reg .pred leader;\nelect.sync _|leader, 0xffffffff;\n@leader " instruction "\n}"
@@ -128,14 +120,12 @@ __device__ __forceinline__ void bulk_load_warp(uint32_t shared, const void* glob
 }
 
 // "cp.reduce.async.bulk": adds `bytes` of shared memory, floats, to global memory, as one group of its issuer. Called
-// by a warp; one of its lanes issues. L2 keeps the sum longest, as it is added to and read again: the policy that
-// createpolicy.fractional.L2::evict_last makes, of which there is only one.
+// by a warp; one of its lanes issues.
 __device__ __forceinline__ void bulk_add_warp(float* global, uint32_t shared, int bytes) {
-  asm volatile(
-      FM_ELECTED("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;\n"
-                 "@leader cp.async.bulk.commit_group;")::"l"(global),
-      "r"(shared), "r"(bytes), "l"(0x14F0000000000000)
-      : "memory");
+  asm volatile(FM_ELECTED("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+                          "@leader cp.async.bulk.commit_group;")::"l"(global),
+               "r"(shared), "r"(bytes)
+               : "memory");
 }
 
 // Waits until the groups that this warp issued have read their shared memory.

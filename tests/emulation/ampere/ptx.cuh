@@ -13,6 +13,8 @@ inline uint32_t dynamic_shared() { return 0; }
 inline void await_previous_kernel() {}
 inline void let_next_kernel_begin() {}
 
+inline int lane_id() { return emulation::thread % 32; }
+
 inline void cluster_arrive() { emulation::fiber().awaited = emulation::arrive(emulation::cluster_meeting); }
 inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() { emulation::wait_for(emulation::cluster_meeting, emulation::fiber().awaited); }

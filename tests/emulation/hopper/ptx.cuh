@@ -84,8 +84,6 @@ inline void mbarrier_arrive(uint32_t address) {
   end_phase(barrier);
 }
 
-inline int lane_id() { return emulation::thread % 32; }
-
 inline bool elect_one() { return emulation::thread % 32 == 0; }
 
 constexpr int kWarpArrivals = 1;
