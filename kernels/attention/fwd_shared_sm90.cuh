@@ -20,8 +20,7 @@ struct ForwardConfig {
   // Of Q, as its place is where out leaves from. A short tile ends before the one after the next could come otherwise.
   static constexpr int kTileStages = kDim <= 64 || (kWarpgroups == 2 && !kDropout) ? 3 : 2;
   static constexpr int kStages = kDim <= 64 ? (kWarpgroups == 1 ? 3 : 4) : 2;
-  // Tiles ahead, of a layout one. With dropout a drawer plans, which keeps it from its work, so it plans more at once.
-  static constexpr int kPlanned = kWarpgroups == 1 ? 1 : kDropout ? 32 : 8;
+  static constexpr int kPlanned = kWarpgroups == 1 ? 1 : 8;  // tiles ahead; of a layout, one
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 88 : kCtasPerSm == 3 ? 40 : 72;
   static constexpr int kConsumerRegisters = kWarpgroups == 3   ? 160
                                             : kWarpgroups == 2 ? 208

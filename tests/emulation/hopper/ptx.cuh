@@ -95,9 +95,7 @@ inline void mbarrier_arrive_warp(uint32_t address) {
 // What is under way from shared to global memory, by the thread that issued it; it happens when that one waits.
 inline std::map<int, std::vector<std::function<void()>>> bulk_groups;
 
-constexpr uint64_t kCachedAsAll = 0, kCachedLongest = 1;
-inline float4 load_last_16(const void* global) { return *static_cast<const float4*>(global); }
-inline void bulk_add_warp(float* global, uint32_t shared, int bytes, uint64_t) {
+inline void bulk_add_warp(float* global, uint32_t shared, int bytes) {
   if (emulation::thread % 32 != 0) return;
   bulk_groups[emulation::thread].push_back([=] {
     for (int i = 0; i < bytes / 4; ++i) global[i] += static_cast<const float*>(__cvta_shared_to_generic(shared))[i];
