@@ -15,20 +15,14 @@ struct ForwardConfig {
   static constexpr bool kDropout = kDropout_;
   static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileK = kTileK_;
   static constexpr int kTileQ = 64 * kWarpgroups, kThreads = 128 * (kWarpgroups + 1);
-  static constexpr bool kListed = kWarpgroups < 3 && kTileK <= 128;  // takes layouts
+  static constexpr bool kListed = kWarpgroups < 3;  // takes layouts
   static constexpr int kCtasPerSm = kWarpgroups == 1 ? (kDim <= 64 ? 3 : 2) : 1;
-  static constexpr bool kLong = kTileK > 128;  // what a step has to wait for weighs less, in all shared memory there is
   // Of Q, as its place is where out leaves from. A short tile ends before the one after the next could come otherwise.
-  static constexpr int kTileStages = !kLong && (kDim <= 64 || (kWarpgroups == 2 && !kDropout)) ? 3 : 2;
+  static constexpr int kTileStages = kDim <= 64 || (kWarpgroups == 2 && !kDropout) ? 3 : 2;
   static constexpr int kStages = kDim <= 64 ? (kWarpgroups == 1 ? 3 : 4) : 2;
   static constexpr int kPlanned = kWarpgroups == 1 ? 1 : 8;  // tiles ahead; of a layout, one
-  static constexpr int kProducerRegisters = kLong              ? 40
-                                            : kWarpgroups == 3 ? 32
-                                            : kWarpgroups == 2 ? 88
-                                            : kCtasPerSm == 3  ? 40
-                                                               : 72;
-  static constexpr int kConsumerRegisters = kLong              ? 232
-                                            : kWarpgroups == 3 ? 160
+  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 88 : kCtasPerSm == 3 ? 40 : 72;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3   ? 160
                                             : kWarpgroups == 2 ? 208
                                             : kCtasPerSm == 3  ? 120
                                                                : 184;

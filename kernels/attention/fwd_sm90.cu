@@ -110,7 +110,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
   Ring<Config::kStages> keys, values;
   Ring<2> drawn;
   bool leaving = false;  // out of the tile before
-  KeepPacked<kDropout ? kTileK / 8 : 8> keep;
+  KeepPacked<kTileK / 8> keep;
   float scores[1][kTileK / 8][4], out[1][kDim / 8][4], factor[1][2];
   uint32_t probabilities[kTileK / 16][4];
   const Turns<Config::kWarpgroups> turns(warpgroup);
@@ -317,13 +317,11 @@ void attention_fwd_sm90(const AttentionProblem& p) {
     // Three consumers hide each other's waits best, but leave a thread 160 registers, too few for more head dimensions,
     // and the drawers 32. Their tiles of 192 rows must not cut the sequence badly, and they cut short ones along a
     // diagonal badly.
-    constexpr bool kThreeFit = kDim <= 64 && !kDropout, kLongFit = kDim == 128 && !kDropout;
+    constexpr bool kThreeFit = kDim <= 64 && !kDropout;
     const int64_t rows_of_three = 192 * ceil_div(p.seqlen_q, 192), rows_of_two = 128 * ceil_div(p.seqlen_q, 128);
     const bool three = p.causal ? p.seqlen_q >= 4096 : 7 * rows_of_three <= 8 * rows_of_two;
     if (p.block_size == 64) {  // a query tile must lie within one block row
       launch_forward<T, ForwardConfig<kDim, 1, 64, kDropout>>(p);
-    } else if (kLongFit && p.block_size == 0 && !p.causal && p.seqlen_k >= 4096) {
-      if constexpr (kLongFit) launch_forward<T, ForwardConfig<kDim, 2, 160, kDropout>>(p);
     } else if (!kThreeFit || p.block_size == 128 || !three) {
       launch_forward<T, ForwardConfig<kDim, 2, 128, kDropout>>(p);
     } else if constexpr (kThreeFit) {

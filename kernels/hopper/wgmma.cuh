@@ -30,12 +30,10 @@ __device__ __forceinline__ void wgmma_wait() {
 #define FM_D32 FM_D16(0), FM_D16(4)
 #define FM_D48 FM_D32, FM_D16(8)
 #define FM_D64 FM_D48, FM_D16(12)
-#define FM_D80 FM_D64, FM_D16(16)
 #define FM_NAMES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define FM_NAMES_32 FM_NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define FM_NAMES_48 FM_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define FM_NAMES_64 FM_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define FM_NAMES_80 FM_NAMES_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 
 // One width and type. NAMES, D: the lists above; o0 ..: the numbers of the operands that follow them.
 #define FM_WGMMA(WIDTH, FRAGMENTS, T, TYPE, NAMES, D, o0, o1, o2, o3, o4, o5, o6)                                     \
@@ -68,7 +66,6 @@ FM_WGMMA_TYPES("32", 4, FM_NAMES_16, (FM_D16(0)), "16", "17", "18", "19", "20", 
 FM_WGMMA_TYPES("64", 8, FM_NAMES_32, (FM_D32), "32", "33", "34", "35", "36", "37", "38")
 FM_WGMMA_TYPES("96", 12, FM_NAMES_48, (FM_D48), "48", "49", "50", "51", "52", "53", "54")
 FM_WGMMA_TYPES("128", 16, FM_NAMES_64, (FM_D64), "64", "65", "66", "67", "68", "69", "70")
-FM_WGMMA_TYPES("160", 20, FM_NAMES_80, (FM_D80), "80", "81", "82", "83", "84", "85", "86")
 
 // kBTransposed: b lies in shared memory as 16 rows of kN elements, otherwise as kN rows of 16. `accumulate` false
 // overwrites d.
@@ -89,12 +86,10 @@ __device__ __forceinline__ void wgmma(float (&d)[1][kFragments][4], uint64_t a, 
 #undef FM_D32
 #undef FM_D48
 #undef FM_D64
-#undef FM_D80
 #undef FM_NAMES_16
 #undef FM_NAMES_32
 #undef FM_NAMES_48
 #undef FM_NAMES_64
-#undef FM_NAMES_80
 #undef FM_WGMMA
 #undef FM_WGMMA_TYPES
 #undef FM_UNWRAP
