@@ -67,7 +67,7 @@ struct AttentionProblem {
   bool deterministic = false;
   DType dtype = DType::kFloat32;
   void* stream = nullptr;    // cudaStream_t
-  float* partial = nullptr;  // scratch, forward_scratch_*() floats, or BackwardScratch::partial; nullptr when that is 0
+  float* partial = nullptr;  // scratch, ForwardScratch::partial or BackwardScratch::partial floats; nullptr when 0
   // Scratch, integers that the first launch of a pass sets to 0, `zeros` in all: the next work item, in the forward
   // pass with a layout only, and after it how many pieces of a cut line are done (partial.cuh).
   int32_t* ticket = nullptr;

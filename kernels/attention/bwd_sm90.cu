@@ -26,6 +26,7 @@
 #include "bwd_shared_sm90.cuh"
 #include "dispatch.cuh"
 #include "maps.h"
+#include "partial.cuh"
 #include "row_tiles.cuh"
 #include "softmax.cuh"
 #include "starts.cuh"

@@ -2,9 +2,9 @@
 //
 // Forward pass for few queries against many keys, as in a step of generation with a cache. Nothing can be reused, so
 // the time is that of reading K and V once, and every multiprocessor has to read: the keys of one query are split over
-// CTAs (arXiv 2205.14135, Section 3.1, applied across CTAs). On Hopper the CTAs of a cluster combine what they have
-// through each other's shared memory; a second launch, which costs as much as 10 MB of keys, is for what more than a
-// cluster is given, and for other GPUs.
+// CTAs (arXiv 2205.14135, Section 3.1, applied across CTAs). On Hopper the CTAs of a cluster send what they have to the
+// shared memory of the first one, which combines it; a second launch, which costs as much as 10 MB of keys, is for what
+// more than a cluster is given, and for other GPUs.
 //
 //   CTA         512 threads, a part of the keys of one (sequence, head, query)
 //   group       kLanes threads with 8 dimensions each: a row of K and V; kUnroll rows are at work, as many under way

@@ -17,10 +17,10 @@ struct CausalDeal {
   int tiles, heads, ctas, rounds;  // tiles of a head; heads of all sequences
 
   CausalDeal() = default;
-  CausalDeal(int64_t tiles, int64_t heads, int64_t multiprocessors)
+  CausalDeal(int64_t tiles, int64_t heads, int64_t at_once)
       : tiles(static_cast<int>(tiles)),
         heads(static_cast<int>(heads)),
-        ctas(static_cast<int>(std::min(tiles * heads, multiprocessors))),
+        ctas(static_cast<int>(std::min(tiles * heads, at_once))),
         rounds(ctas == 0 ? 0 : static_cast<int>(std::max<int64_t>(0, pairs_of_head() * heads / ctas - 1))) {}
 
   __host__ __device__ __forceinline__ int pairs_of_head() const { return (tiles + 1) / 2; }

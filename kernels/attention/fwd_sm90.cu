@@ -297,17 +297,13 @@ void launch_forward(const AttentionProblem& p) {
   const CausalDeal deal(query_tiles, p.heads * p.batch, at_once);
   const bool dealt = alike && p.causal;
   const Schedule schedule{static_cast<int>(query_tiles), dealt ? deal.count() : static_cast<int>(units), deal, dealt};
-  if constexpr (Config::kListed) {
-    if (listed) {
-      launch<attention_fwd_zeros, 0>("attention_fwd_zeros", ceil_div(p.zeros, kZerosThreads), kZerosThreads, p.stream,
-                                     p);
-      launch<attention_fwd_sm90<T, Config>, Shared::kBytes, true>("attention_fwd_sm90", ctas, Config::kThreads,
+  auto launch_kernel = [&]<bool kEarly>(std::bool_constant<kEarly>) {
+    launch<attention_fwd_sm90<T, Config>, Shared::kBytes, kEarly>("attention_fwd_sm90", ctas, Config::kThreads,
                                                                   p.stream, p, maps, schedule);
-      return;
-    }
-  }
-  launch<attention_fwd_sm90<T, Config>, Shared::kBytes>("attention_fwd_sm90", ctas, Config::kThreads, p.stream, p, maps,
-                                                        schedule);
+  };
+  if (!listed) return launch_kernel(std::false_type{});
+  launch<attention_fwd_zeros, 0>("attention_fwd_zeros", ceil_div(p.zeros, kZerosThreads), kZerosThreads, p.stream, p);
+  launch_kernel(std::true_type{});
 }
 
 }  // namespace

@@ -26,12 +26,13 @@ inline int64_t partial_warps(const AttentionProblem& p, const BlockLists& lists,
   return ListedWork::count(p, lists, work.max_slots) * (p.block_size / 16);
 }
 
-__device__ __forceinline__ int warp_of_slot(const AttentionProblem& p, int slot, int row0) {
+template <typename Number>
+__device__ __forceinline__ Number warp_of_slot(const AttentionProblem& p, Number slot, int row0) {
   return slot * (static_cast<int>(p.block_size) / 16) + row0 / 16;
 }
 
 __device__ __forceinline__ float* partial_of_warp(const AttentionProblem& p, int64_t slot, int row0, int of_warp) {
-  return p.partial + (slot * (static_cast<int>(p.block_size) / 16) + row0 / 16) * of_warp;
+  return p.partial + warp_of_slot(p, slot, row0) * of_warp;
 }
 
 template <int kN>

@@ -175,14 +175,13 @@ inline void fence_proxy_async() {}
 inline void named_barrier_arrive(int id, int threads) {
   emulation::Meeting& meeting = emulation::named_meeting[emulation::rank][id];
   meeting.expected = threads;
-  if (++meeting.arrived == threads) meeting.arrived = 0, ++meeting.round;
+  emulation::arrive(meeting);
 }
 
 inline void named_barrier_sync(int id, int threads) {
-  const emulation::Meeting& meeting = emulation::named_meeting[emulation::rank][id];
-  const uint64_t round = meeting.round;
-  named_barrier_arrive(id, threads);
-  while (meeting.round == round) emulation::yield();
+  emulation::Meeting& meeting = emulation::named_meeting[emulation::rank][id];
+  meeting.expected = threads;
+  emulation::wait_for_all(meeting);
 }
 
 template <int kRegisters>
