@@ -51,8 +51,8 @@ def training_case(head_dim, dtype, dropout_p, block_size, deterministic, packed,
     return call
 
 
-def decoding_case(head_dim, dtype, queries, keys):
-    """The same for few queries against many keys, forward alone."""
+def cached_case(head_dim, dtype, queries, keys):
+    """The same for a few queries (decoding, up to four) or more against many keys, forward alone."""
     q = torch.randn(2, queries, 2, head_dim, device="cuda", dtype=dtype)
     k, v = (torch.randn(2, keys, 2, head_dim, device="cuda", dtype=dtype) for _ in range(2))
     return lambda: (flash_models.attention(q, k, v, causal=True),)
@@ -74,9 +74,10 @@ def sublayer_case(columns, dtype, approximate, post_norm):
 
 def run_all():
     training = itertools.product((32, 64, 96, 128), DTYPES, (0.0, 0.1), (None, 64, 128), (False, True), (True, False))
-    decoding = itertools.product((32, 64, 80, 128), DTYPES, (1, 3), (70, 1100))
+    cached = itertools.product((32, 64, 80, 128), DTYPES, (1, 3), (70, 1100))
+    cached = [*cached, *((128, dtype, 70, 4099) for dtype in DTYPES)]  # from 4,096 keys on it is another instance
     sublayers = itertools.product((64, 2056, 4104), (torch.float32, *DTYPES), ("none", "tanh"), (False, True))
-    kinds = (training_case, training), (decoding_case, decoding), (sublayer_case, sublayers)
+    kinds = (training_case, training), (cached_case, cached), (sublayer_case, sublayers)
     calls = [(make, case) for make, cases in kinds for case in cases]
     for number, (make, case) in enumerate(calls):
         print(f"{number}: {make.__name__}{case}", flush=True)  # what a report that follows is about
@@ -110,8 +111,8 @@ def repeat(call, times):
 
 def repeat_all(times):
     training = itertools.product((64, 128), DTYPES[:1], (0.0, 0.1), (None, 64, 128), (True,), (True, False))
-    decoding = itertools.product((64, 128), DTYPES[:1], (1, 3), (1100,))
-    cases = [(training_case, (*case, 7)) for case in training] + [(decoding_case, case) for case in decoding]
+    cached = [*itertools.product((64, 128), DTYPES[:1], (1, 3), (1100,)), (128, DTYPES[0], 70, 4099)]
+    cases = [(training_case, (*case, 7)) for case in training] + [(cached_case, case) for case in cached]
     failed = 0
     for make, case in cases:
         differing = repeat(make(*case), times)

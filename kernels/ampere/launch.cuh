@@ -26,7 +26,7 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
 
 struct Device {
   int compute_capability;  // 10 * major + minor
-  int multiprocessors;
+  int multiprocessors, l2_bytes;
 };
 
 // All of this machine, asked once.
@@ -38,7 +38,8 @@ inline const std::vector<Device>& devices() {
     for (int device = 0; device < count; ++device)
       found.push_back({10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
                            device_attribute(cudaDevAttrComputeCapabilityMinor, device),
-                       device_attribute(cudaDevAttrMultiProcessorCount, device)});
+                       device_attribute(cudaDevAttrMultiProcessorCount, device),
+                       device_attribute(cudaDevAttrL2CacheSize, device)});
     return found;
   }();
   return all;
@@ -52,6 +53,7 @@ inline int current_device() {
 
 inline int compute_capability() { return devices()[current_device()].compute_capability; }
 inline int multiprocessors() { return devices()[current_device()].multiprocessors; }
+inline int l2_bytes() { return devices()[current_device()].l2_bytes; }
 
 // Lets a kernel have more dynamic shared memory than every kernel may, which each device wants to be told once.
 template <auto kKernel, int kShared>

@@ -43,6 +43,7 @@ struct BackwardMaps {
 // The list of key tiles. The first keys have most work: under a causal mask, and as the global tokens of many layouts.
 struct Schedule {
   int key_tiles, count;
+  uint64_t dq_policy;  // how L2 treats the sum of dQ
 
   __device__ __forceinline__ ListedWork work(const AttentionProblem& p, int number) const {
     if (p.columns.start != nullptr) return {p, p.columns, p.column_items, key_tiles, number};
@@ -142,7 +143,7 @@ __device__ __forceinline__ void follow(const AttentionProblem& p) {
 }
 
 template <typename T, typename Config>
-__device__ __forceinline__ void consume(const AttentionProblem& p, const AttentionGradients& g) {
+__device__ __forceinline__ void consume(const AttentionProblem& p, const AttentionGradients& g, uint64_t dq_policy) {
   constexpr bool kDropout = Config::kDropout;
   constexpr int kDim = Config::kDim, kTileQ = Config::kTileQ, kDqDim = Config::kDqDim, kN = kTileQ / 8;
   const BackwardShared<T, Config> shared{ptx::swizzled_shared()};
@@ -211,7 +212,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     ptx::fence_proxy_async();
     __syncwarp();
     ptx::bulk_add_warp(g.dq_sum + (stored * 64 + query0) * kDim + (4 * dim0 / kDqDim + warp) * 16 * kDqDim, dq_shared,
-                       BackwardShared<T, Config>::kWarpDqBytes);
+                       BackwardShared<T, Config>::kWarpDqBytes, dq_policy);
   };
   auto store_ds = [&](int k) { shared.ds(ring.stage).store_operand(row0, 16 * k, ds[k], lane.id); };
   // P^T and dS^T of the step whose scores are under way.
@@ -360,7 +361,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
       follow<T, Config>(p);
   } else {
     ptx::raise_registers<Config::kConsumerRegisters>();
-    consume<T, Config>(p, g);
+    consume<T, Config>(p, g, schedule.dq_policy);
   }
 }
 
@@ -375,12 +376,10 @@ void launch_backward(const AttentionProblem& p, const AttentionGradients& g) {
   if (count > 0x3FFFFFFF)
     throw std::runtime_error("flash_models: attention_bwd_sm90 takes fewer than 2^30 key tiles; split the batch");
   const int64_t ctas = std::min<int64_t>(count, Config::kCtasPerSm * multiprocessors());
-  launch<attention_bwd_sm90<T, Config>, Shared::kBytes, true>("attention_bwd_sm90", ctas, Config::kThreads, p.stream, p,
-                                                              g, maps, Schedule{key_tiles, static_cast<int>(count)});
-  if (g.dq_sum == nullptr) return;
-  const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kStoredRows));
-  launch<attention_bwd_store_dq_sm90<T, Config::kDim, Config::kDqDim>, 0, true>(
-      "attention_bwd_store_dq_sm90", query_tiles * p.heads * p.batch, 128, p.stream, p, g, query_tiles);
+  launch<attention_bwd_sm90<T, Config>, Shared::kBytes, true>(
+      "attention_bwd_sm90", ctas, Config::kThreads, p.stream, p, g, maps,
+      Schedule{key_tiles, static_cast<int>(count), dq_cache_policy(p, Config::kDim)});
+  if (g.dq_sum != nullptr) store_dq<T, Config::kDim, Config::kDqDim>(p, g);
 }
 
 }  // namespace

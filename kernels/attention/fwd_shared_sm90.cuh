@@ -10,7 +10,7 @@
 
 namespace flash_models {
 
-template <int kDim_, int kWarpgroups_, int kTileK_, bool kDropout_>
+template <int kDim_, int kWarpgroups_, int kTileK_, bool kDropout_, bool kQueryHeld_ = false>
 struct ForwardConfig {
   static constexpr bool kDropout = kDropout_;
   static constexpr int kDim = kDim_, kWarpgroups = kWarpgroups_, kTileK = kTileK_;
@@ -21,8 +21,22 @@ struct ForwardConfig {
   static constexpr int kTileStages = kDim <= 64 || (kWarpgroups == 2 && !kDropout) ? 3 : 2;
   static constexpr int kStages = kDim <= 64 ? (kWarpgroups == 1 ? 3 : 4) : 2;
   static constexpr int kPlanned = kWarpgroups == 1 ? 1 : 8;  // tiles ahead; of a layout, one
-  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kWarpgroups == 2 ? 88 : kCtasPerSm == 3 ? 40 : 72;
-  static constexpr int kConsumerRegisters = kWarpgroups == 3   ? 160
+  // Q in registers for all of its products: shared memory is read a seventh less, which is power, and that bounds long
+  // sequences. A short tile would wait for the way there.
+  static constexpr bool kQueryHeld = kQueryHeld_;
+  // Two consumers left to themselves end up side by side: both exponentiate while the tensor cores wait. Where that
+  // takes as long as the products, a consumer passes its turn only before its exponentials, so that the other's
+  // products run under them. The drawers of dropout fill such gaps, so they may be.
+  static constexpr bool kPassesLate = kWarpgroups == 2 && kDim <= 64 && !kDropout;
+  // Whether it asks before its exponentials if the next keys and values are here, or waits for them under its products.
+  static constexpr bool kAsks = kWarpgroups == 2 && (!kDropout || kStages == 2);
+  static constexpr int kProducerRegisters = kQueryHeld         ? 56
+                                            : kWarpgroups == 3 ? 32
+                                            : kWarpgroups == 2 ? 88
+                                            : kCtasPerSm == 3  ? 40
+                                                               : 72;
+  static constexpr int kConsumerRegisters = kQueryHeld         ? 224
+                                            : kWarpgroups == 3 ? 160
                                             : kWarpgroups == 2 ? 208
                                             : kCtasPerSm == 3  ? 120
                                                                : 184;

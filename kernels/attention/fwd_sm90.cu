@@ -112,11 +112,22 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
   bool leaving = false;  // out of the tile before
   KeepPacked<kTileK / 8> keep;
   float scores[1][kTileK / 8][4], out[1][kDim / 8][4], factor[1][2];
-  uint32_t probabilities[kTileK / 16][4];
+  uint32_t probabilities[kTileK / 16][4], query[kDim / 16][4];
   const Turns<Config::kWarpgroups> turns(warpgroup);
 
+  auto load_query = [&] {
+    if constexpr (Config::kQueryHeld) {
+#pragma unroll
+      for (int k = 0; k < kDim / 16; ++k) shared.q(tiles.stage).load_operand(row0, 16 * k, query[k], lane.id);
+      ptx::wgmma_fence();
+    }
+  };
   auto multiply_qk = [&] {
-    multiply_rows<T>(scores, shared.q(tiles.stage), 64 * warpgroup, shared.k(keys.stage));
+    if constexpr (Config::kQueryHeld) {
+      multiply_rows<T>(scores, query, shared.k(keys.stage));
+    } else {
+      multiply_rows<T>(scores, shared.q(tiles.stage), 64 * warpgroup, shared.k(keys.stage));
+    }
     ptx::wgmma_commit();
   };
   auto multiply_pv = [&] {
@@ -131,9 +142,12 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
   };
 
   Step step;
-  // What the products after those of `step` read. Even a wait that need not last takes 70 cycles, so where there are
-  // stages to spare it is done while these products are under way.
-  constexpr bool kSpare = Config::kStages > 2;
+  // What the products after those of `step` read. Even a wait that need not last takes 70 cycles; the answer to a
+  // question comes under the exponentials.
+  auto next_is_here = [&]() -> int {
+    if constexpr (!Config::kAsks) return 1;
+    return (shared.k_ring().is_full(keys) | step.last()) & shared.v_ring().is_full(values);
+  };
   auto await_next = [&](const Ring<Config::kStages>& key, const Ring<Config::kStages>& value) {
     if (!step.last()) shared.k_ring().await_full(key);
     shared.v_ring().await_full(value);
@@ -141,9 +155,10 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
   auto begin_tile = [&](const TileNote& note, const Ring<Config::kStages>& value) {
     if (!note.walks()) return;
     step = shared.notes().step(keys.stage);
-    if constexpr (kSpare) await_next(keys.next(), value);
+    if constexpr (!Config::kAsks) await_next(keys.next(), value);
   };
   TileNote note = await_tile();
+  load_query();
   ptx::wgmma_fence();
   multiply_qk();  // in vain where there are no keys
   begin_tile(note, values);
@@ -184,25 +199,28 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
       mask(step.first());
       softmax.relate(scores, p.scale_log2);
       release_finished();
+      bool here = next_is_here();
       exponentiate(std::true_type{});
-      if constexpr (!kSpare) await_next(keys, values);
+      if (!here) await_next(keys, values);
       while (!step.last()) {
         turns.take();
         ptx::wgmma_fence();
         multiply_qk();
         multiply_pv();
-        turns.pass();
+        if constexpr (!Config::kPassesLate) turns.pass();
         step = shared.notes().step(keys.stage);
-        if constexpr (kSpare) await_next(keys.next(), values.next());
+        if constexpr (!Config::kAsks) await_next(keys.next(), values.next());
         take_keep();
         ptx::wgmma_wait<1>();
         shared.k_ring().release(keys);
         mask(step.first());
         softmax.relate(scores, p.scale_log2);
         ptx::wgmma_wait<0>();
+        if constexpr (Config::kPassesLate) turns.pass();
         shared.v_ring().release(values);
+        here = next_is_here();
         exponentiate(std::false_type{});
-        if constexpr (!kSpare) await_next(keys, values);
+        if (!here) await_next(keys, values);
       }
     } else {
       release_finished();
@@ -212,6 +230,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     note = await_tile();
     ptx::wgmma_fence();
     if (done.walks()) multiply_pv();
+    load_query();
     multiply_qk();
     // Under these products the rest of the softmax, and what comes next.
     softmax.finish(factor, kDropout ? p.keep_scale : 1.0f);
@@ -313,11 +332,13 @@ void attention_fwd_sm90(const AttentionProblem& p) {
     // Three consumers hide each other's waits best, but leave a thread 160 registers, too few for more head dimensions,
     // and the drawers 32. Their tiles of 192 rows must not cut the sequence badly, and they cut short ones along a
     // diagonal badly.
-    constexpr bool kThreeFit = kDim <= 64 && !kDropout;
+    constexpr bool kThreeFit = kDim <= 64 && !kDropout, kHeld = kDim == 128 && !kDropout;
     const int64_t rows_of_three = 192 * ceil_div(p.seqlen_q, 192), rows_of_two = 128 * ceil_div(p.seqlen_q, 128);
     const bool three = p.causal ? p.seqlen_q >= 4096 : 7 * rows_of_three <= 8 * rows_of_two;
     if (p.block_size == 64) {  // a query tile must lie within one block row
       launch_forward<T, ForwardConfig<kDim, 1, 64, kDropout>>(p);
+    } else if (kHeld && p.seqlen_k >= 4096) {
+      if constexpr (kHeld) launch_forward<T, ForwardConfig<kDim, 2, 128, false, true>>(p);
     } else if (!kThreeFit || p.block_size == 128 || !three) {
       launch_forward<T, ForwardConfig<kDim, 2, 128, kDropout>>(p);
     } else if constexpr (kThreeFit) {

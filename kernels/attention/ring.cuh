@@ -46,6 +46,9 @@ struct RingBarriers {
   __device__ __forceinline__ void await_full(const Ring<kStages>& at) const {
     ptx::mbarrier_wait(full(at.stage), at.parity);
   }
+  __device__ __forceinline__ bool is_full(const Ring<kStages>& at) const {
+    return ptx::mbarrier_test(full(at.stage), at.parity);
+  }
   __device__ __forceinline__ void await_empty(const Ring<kStages>& at) const {
     ptx::mbarrier_wait(empty(at.stage), at.parity ^ 1);
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Last launch of the Hopper backward: the fp32 sum of dQ, scaled and rounded.
+// The fp32 sum of dQ on Hopper: how L2 treats it, and the last launch of the backward, which scales and rounds it.
 #pragma once
 
 #include "dispatch.cuh"
@@ -8,6 +8,11 @@
 #include "row_tiles.cuh"
 
 namespace flash_models {
+
+// Kept in L2 where all of it fits; else it would only drive out what the next tiles read.
+inline uint64_t dq_cache_policy(const AttentionProblem& p, int dim) {
+  return 4 * padded_rows(p) * dim <= int64_t{l2_bytes()} / 4 * 3 ? ptx::kCachedLongest : ptx::kCachedAsAll;
+}
 
 // dq = scale * dq_sum, one CTA a tile of 64 queries, four warps with 16 rows each.
 constexpr int kStoredRows = 64;
@@ -32,10 +37,17 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
     for (int n = 0; n < kDqDim / 8; ++n)
       reinterpret_cast<float4&>(dq[0][n]) =
-          reinterpret_cast<const float4*>(sum + (4 * share + warp) * 16 * kDqDim + 128 * n)[lane.id];
+          ptx::load_last_16(sum + (4 * share + warp) * 16 * kDqDim + 128 * n + 4 * lane.id);
     store_fragments<T>(dq, factor, out + share * kDqDim, g.dq.seq, static_cast<int>(s.q_len) - row0,
                        static_cast<int>(p.head_dim) - share * kDqDim, lane);
   }
+}
+
+template <typename T, int kDim, int kDqDim>
+void store_dq(const AttentionProblem& p, const AttentionGradients& g) {
+  const int query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kStoredRows));
+  launch<attention_bwd_store_dq_sm90<T, kDim, kDqDim>, 0, true>(
+      "attention_bwd_store_dq_sm90", query_tiles * p.heads * p.batch, 128, p.stream, p, g, query_tiles);
 }
 
 }  // namespace flash_models

@@ -80,6 +80,22 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
+// Whether that phase has ended, now: the answer takes as long as an mbarrier_wait that need not wait, but only who uses
+// it does wait for it.
+__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
+  int done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // "Warp-level Matrix Store Instruction: stmatrix". Four 8x8 matrices of 16-bit elements; lanes 8i..8i+7 address matrix
 // i.
 __device__ __forceinline__ void stmatrix(uint32_t shared, const uint32_t (&r)[4]) {
@@ -119,13 +135,28 @@ __device__ __forceinline__ void bulk_load_warp(uint32_t shared, const void* glob
       : "memory");
 }
 
+// "Data Movement: createpolicy". How L2 is to treat lines: as it does all, or to keep them longest or shortest. The
+// words that createpolicy.fractional.L2::evict_* makes for all of them.
+constexpr uint64_t kCachedAsAll = 0x1000000000000000, kCachedLongest = 0x14F0000000000000,
+                   kCachedShortest = 0x12F0000000000000;
+
 // "cp.reduce.async.bulk": adds `bytes` of shared memory, floats, to global memory, as one group of its issuer. Called
 // by a warp; one of its lanes issues.
-__device__ __forceinline__ void bulk_add_warp(float* global, uint32_t shared, int bytes) {
-  asm volatile(FM_ELECTED("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
-                          "@leader cp.async.bulk.commit_group;")::"l"(global),
-               "r"(shared), "r"(bytes)
-               : "memory");
+__device__ __forceinline__ void bulk_add_warp(float* global, uint32_t shared, int bytes, uint64_t cache_policy) {
+  asm volatile(
+      FM_ELECTED("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;\n"
+                 "@leader cp.async.bulk.commit_group;")::"l"(global),
+      "r"(shared), "r"(bytes), "l"(cache_policy)
+      : "memory");
+}
+
+// "Data Movement: ld". Nobody reads these 16 bytes again, so L2 may use their place.
+__device__ __forceinline__ float4 load_last_16(const void* global) {
+  float4 x;
+  asm volatile("ld.global.L2::cache_hint.v4.f32 {%0,%1,%2,%3}, [%4], %5;"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(global), "l"(kCachedShortest));
+  return x;
 }
 
 // Waits until the groups that this warp issued have read their shared memory.

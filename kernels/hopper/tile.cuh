@@ -154,6 +154,14 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[1][TileB::kRows / 8][
     ptx::wgmma<T, false, false>(acc, a.by_rows(row0, k), b.by_rows(0, k), accumulate || k > 0);
 }
 
+// The same with A in registers.
+template <typename T, typename TileB>
+__device__ __forceinline__ void multiply_rows(float (&acc)[1][TileB::kRows / 8][4],
+                                              const uint32_t (&a)[TileB::kDim / 16][4], const TileB& b) {
+#pragma unroll
+  for (int k = 0; k < TileB::kDim / 16; ++k) ptx::wgmma<T, false>(acc, a[k], b.by_rows(0, 16 * k), k > 0);
+}
+
 // acc = A^T * B, A: columns acol0 .. acol0 + 63 of `a`, B: as many columns of `b` from bcol0 on as acc has. Issues the
 // products of one group.
 template <typename T, int kN, typename TileA, typename TileB>

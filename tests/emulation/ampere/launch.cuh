@@ -8,6 +8,7 @@
 namespace flash_models {
 
 inline int compute_capability() { return FM_EMULATED_CAPABILITY; }
+inline int l2_bytes() { return 0; }
 inline int multiprocessors() { return 2; }  // few, so that CTAs take several tiles
 
 template <auto kKernel, int kShared, bool kEarly = false, typename... Arguments>

@@ -95,7 +95,9 @@ inline void mbarrier_arrive_warp(uint32_t address) {
 // What is under way from shared to global memory, by the thread that issued it; it happens when that one waits.
 inline std::map<int, std::vector<std::function<void()>>> bulk_groups;
 
-inline void bulk_add_warp(float* global, uint32_t shared, int bytes) {
+constexpr uint64_t kCachedAsAll = 0, kCachedLongest = 1;
+inline float4 load_last_16(const void* global) { return *static_cast<const float4*>(global); }
+inline void bulk_add_warp(float* global, uint32_t shared, int bytes, uint64_t) {
   if (emulation::thread % 32 != 0) return;
   bulk_groups[emulation::thread].push_back([=] {
     for (int i = 0; i < bytes / 4; ++i) global[i] += static_cast<const float*>(__cvta_shared_to_generic(shared))[i];
@@ -120,22 +122,24 @@ inline void mbarrier_arrive_expect_warp(uint32_t address, int bytes) {
   mbarrier_arrive(address);
 }
 
-inline void mbarrier_wait(uint32_t address, uint32_t parity) {
+// What the copy engine has been told happens when somebody looks.
+inline bool mbarrier_test(uint32_t address, uint32_t parity) {
   Barrier& barrier = barriers.at(address);
-  while (true) {
-    for (const Box& box : std::exchange(barrier.boxes, {})) {
-      transfer(box, true);
-      barrier.bytes -= 2 * box.view.box_dim * box.view.box_rows;
-      end_phase(barrier);
-    }
-    for (const Bytes& bytes : std::exchange(barrier.copies, {})) {
-      std::memcpy(__cvta_shared_to_generic(bytes.shared), bytes.data, bytes.count);
-      barrier.bytes -= bytes.count;
-      end_phase(barrier);
-    }
-    if (barrier.phase % 2 != static_cast<int>(parity)) return;
-    emulation::yield();
+  for (const Box& box : std::exchange(barrier.boxes, {})) {
+    transfer(box, true);
+    barrier.bytes -= 2 * box.view.box_dim * box.view.box_rows;
+    end_phase(barrier);
   }
+  for (const Bytes& bytes : std::exchange(barrier.copies, {})) {
+    std::memcpy(__cvta_shared_to_generic(bytes.shared), bytes.data, bytes.count);
+    barrier.bytes -= bytes.count;
+    end_phase(barrier);
+  }
+  return barrier.phase % 2 != static_cast<int>(parity);
+}
+
+inline void mbarrier_wait(uint32_t address, uint32_t parity) {
+  while (!mbarrier_test(address, parity)) emulation::yield();
 }
 
 inline void bulk_load_warp(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
