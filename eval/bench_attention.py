@@ -10,8 +10,8 @@ block, against our own dense kernels and compiled flex_attention, over their den
 
 Every case is verified before it is timed: the error of the first head, output and gradients, must be at most twice
 that of plain PyTorch in the same dtype, both against float32 (CUDA) or float64 (CPU). Inputs are normal random numbers.
-A time is the median of many runs, on CUDA with the L2 cache flushed between them. The backward is that of a retained
-graph.
+A time is the median of many runs, on CUDA with the L2 cache flushed between them; the peers take turns. The backward is
+that of a retained graph.
 
     python eval/bench_attention.py                 # every length, with and without dropout
     python eval/bench_attention.py --quick         # three lengths, no dropout
@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,25 +94,29 @@ def gpu_times(fn, count):
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def milliseconds(fn, device):
-    """Median time of `fn`."""
+def some_times(fn, device):
+    """Milliseconds of some calls, after a warm-up."""
     if device.type == "cuda":
-        once = statistics.median(gpu_times(fn, 5)[2:])  # after a warm-up
-        return statistics.median(gpu_times(fn, min(100, max(10, int(60 / once)))))
+        once = statistics.median(gpu_times(fn, 5)[2:])
+        return gpu_times(fn, min(34, max(4, int(20 / once))))
     times = []
     fn()
-    while len(times) < 3 or sum(times) < 0.5 and len(times) < 30:
+    while not times or sum(times) < 170 and len(times) < 10:
         start = time.perf_counter()
         fn()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
-def forward_and_backward(fn, tensors, dout, device):
-    """Milliseconds of either."""
-    out = fn(*tensors)
-    forward = milliseconds(lambda: fn(*tensors), device)
-    return forward, milliseconds(lambda: torch.autograd.grad(out, tensors, dout, retain_graph=True), device)
+def milliseconds(calls, device):
+    """Median time of each of `calls`, functions by name. They take turns, three each, so that what drifts meanwhile, a
+    clock or a temperature, does so for all of them.
+    """
+    times = {name: [] for name in calls}
+    for _ in range(3):
+        for name, fn in calls.items():
+            times[name] += some_times(fn, device)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measure(case, device):
@@ -131,23 +136,27 @@ def measure(case, device):
         density=round(density, 4),
     )
     rows = [dict(fields, direction=direction, error_ratio=round(error, 3)) for direction in ("forward", "backward")]
-    flop = case.flop(density)
+    forward, backward = {}, {}
     for name, (fn, heads_first) in peers(case, device).items():
         tensors, gradient = inputs, dout
         if heads_first:
             *tensors, gradient = (t.detach().transpose(1, 2).contiguous() for t in (*inputs, dout))
             tensors = [t.requires_grad_() for t in tensors]
         try:
-            times = forward_and_backward(fn, tensors, gradient, device)
+            out = fn(*tensors)
+            backward[name] = partial(torch.autograd.grad, out, tensors, gradient, retain_graph=True)
+            backward[name]()
         except RuntimeError as refusal:
             if name == "flash_models":
                 raise
             print(f"{name} does not take {case}: {str(refusal).splitlines()[0]}", file=sys.stderr)
+            backward.pop(name, None)
             continue
-        for row, ms, factor in zip(rows, times, (1, 2.5), strict=True):
+        forward[name] = partial(fn, *tensors)
+    for row, calls, flop in zip(rows, (forward, backward), (case.flop(density), 2.5 * case.flop(density)), strict=True):
+        for name, ms in milliseconds(calls, device).items():
             row[f"{name}_ms"] = round(ms, 4)
-            row[f"{name}_tflops"] = round(flop * factor / ms / 1e9, 4 if device.type == "cpu" else 1)
-    for row in rows:
+            row[f"{name}_tflops"] = round(flop / ms / 1e9, 4 if device.type == "cpu" else 1)
         for name in LABELS.keys() - {"flash_models"}:
             if f"{name}_ms" in row:
                 row[f"speedup_over_{name}"] = round(row[f"{name}_ms"] / row["flash_models_ms"], 3)

@@ -55,7 +55,7 @@ def measure(queries, keys, head_dim, device):
         "sdpa": lambda: scaled_dot_product_attention(*heads_first),
         "copy": lambda: target.copy_(source),
     }
-    times = {name: milliseconds(call, device) for name, call in calls.items()}
+    times = milliseconds(calls, device)
     row |= {f"{name}_ms": round(ms, 4) for name, ms in times.items()}
     size = source.nbytes
     row["flash_models_gb_per_s"] = round(size / times["flash_models"] / 1e6, 1)

@@ -18,7 +18,11 @@ ARGUMENTS = ["--quick", "--device", "cpu", "--output_dir"]
 
 def test_shares_follow_from_the_times(tmp_path, monkeypatch):
     milliseconds = iter([2.0, 6.0, 3.0] * 4)
-    monkeypatch.setattr(bench_decode, "milliseconds", lambda call, device: (call(), next(milliseconds))[1])
+    monkeypatch.setattr(
+        bench_decode,
+        "milliseconds",
+        lambda calls, device: {name: (call(), next(milliseconds))[1] for name, call in calls.items()},
+    )
     rows = bench_decode.main([*ARGUMENTS, str(tmp_path)])
     assert [(row["head_dim"], row["keys"]) for row in rows] == [(d, n) for d in (64, 128) for n in (1024, 4096)]
     for row in rows:
