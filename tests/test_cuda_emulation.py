@@ -45,8 +45,6 @@ CASES = {
     "long": {"seqlens": (200, 700)},  # the rings of K and V go round
     "tall": {"seqlens": (2048, 130)},  # three consumers
     "long-keys-causal": {"seqlens": (150, 4099), "causal": True},  # Q in registers at head dimension 128
-    "shared-round": {"seqlens": (70, 2060), "heads": 3},  # more tiles than CTAs; the last is cut along the keys
-    "shared-round-alone": {"seqlens": (70, 2060), "dropout_p": 0.1},  # fewer
     "long-causal": {"seqlens": (390, 390), "causal": True, "dropout_p": 0.1},
     "causal-long-q": {"causal": True, "seqlens": (150, 70)},
     "causal-dealt": {"seqlens": (900, 900), "heads": 3, "causal": True},  # in pairs, then from within a head by size

@@ -68,8 +68,8 @@ struct AttentionProblem {
   DType dtype = DType::kFloat32;
   void* stream = nullptr;    // cudaStream_t
   float* partial = nullptr;  // scratch, ForwardScratch::partial or BackwardScratch::partial floats; nullptr when 0
-  // Scratch, integers that the first launch of a pass sets to 0, `zeros` in all: the next work item, and after it how
-  // many pieces of a cut line or tile are done (partial.cuh). In the forward pass where there are pieces only.
+  // Scratch, integers that the first launch of a pass sets to 0, `zeros` in all: the next work item, in the forward
+  // pass with a layout only, and after it how many pieces of a cut line are done (partial.cuh).
   int32_t* ticket = nullptr;
   int64_t zeros = 0;
 };

@@ -30,7 +30,7 @@ struct Tiles {
   }
 };
 
-// A part of a layout's lists: positions [first, last). Without a layout, of the tiles themselves; {0, 0} is all.
+// A part of a layout's lists: positions [first, last).
 struct Piece {
   int first = 0, last = 0;
 
@@ -42,12 +42,12 @@ struct Piece {
   }
 };
 
-// Tiles of [lo, hi) that the piece names.
+// Tiles of [lo, hi) that the piece names; all where there is no layout.
 __device__ __forceinline__ Tiles tiles_of(const BlockLists& lists, int64_t block_size, const Piece& piece, int tile,
                                           int lo, int hi) {
   Tiles t;
-  t.lo = lists.start == nullptr ? max(lo, piece.first) : lo;
-  t.hi = max(t.lo, lists.start == nullptr && piece.last > 0 ? min(hi, piece.last) : hi);
+  t.lo = lo;
+  t.hi = max(lo, hi);
   t.count = t.hi - t.lo;
   if (lists.start != nullptr) {
     t.per_block_log2 = 31 - __clz(static_cast<int>(block_size) / tile);

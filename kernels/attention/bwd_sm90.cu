@@ -259,7 +259,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     auto store = [&](const auto& acc, const View& view, float factor, int part) {
       const float factors[1][2] = {{factor, factor}}, one[2] = {1.0f, 1.0f};
       if (note.slot() >= 0) {
-        float* partial = partial_of_warp<Config::kTileK>(p, note.slot(), row0, partial_dkv_floats(kDim));
+        float* partial = partial_of_warp(p, note.slot(), row0, partial_dkv_floats(kDim));
         store_partial(acc, one, partial + part * 16 * kDim, lane.id);
       } else {
         T* rows = static_cast<T*>(view.data) + note.batch * view.batch + note.head * view.head;
@@ -269,7 +269,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Attenti
     };
     store(dk, g.dk, p.scale, 0);
     store(dv, g.dv, kDropout ? p.keep_scale : 1.0f, 1);
-    if (note.slot() >= 0) combine_keys_if_last<T, Config::kTileK, kDim>(p, g, note, row0);
+    if (note.slot() >= 0) combine_keys_if_last<T, kDim>(p, g, note, row0);
   };
 
   auto begin_tile = [&] {

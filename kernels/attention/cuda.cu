@@ -2,7 +2,6 @@
 //
 // Which kernels a CUDA call takes: those for Hopper on compute capability 9.0, the portable ones elsewhere.
 #include "dispatch.cuh"
-#include "fwd_plan_sm90.cuh"
 #include "partial.cuh"
 #include "row_tiles.cuh"
 
@@ -32,9 +31,9 @@ BackwardScratch backward_scratch_cuda(const AttentionProblem& p) {
 
 ForwardScratch forward_scratch_cuda(const AttentionProblem& p) {
   if (takes_decode(p)) return {decode_scratch(p), 0};
-  if (!on_hopper(p)) return {0, 0};
-  const int64_t warps = p.rows.start != nullptr ? partial_warps(p, p.rows, p.row_items) : SharedRound(p).warps();
-  return {warps * partial_out_floats(padded_dim(p.head_dim)), warps > 0 || p.rows.start != nullptr ? 1 + warps : 0};
+  if (!on_hopper(p) || p.rows.start == nullptr) return {0, 0};
+  const int64_t warps = partial_warps(p, p.rows, p.row_items);
+  return {warps * partial_out_floats(padded_dim(p.head_dim)), 1 + warps};
 }
 
 void attention_fwd_cuda(const AttentionProblem& p) {

@@ -57,47 +57,6 @@ struct CausalDeal {
   __host__ __device__ __forceinline__ int dealt_in_pairs() const { return first_head() * tiles + 2 * pairs_gone(); }
 };
 
-// Three consumers hide each other's waits best, but leave a thread 160 registers, too few for more head dimensions, and
-// the drawers 32. Their tiles of 192 rows must not cut the sequence badly, and they cut short ones along a diagonal
-// badly. They take no layouts.
-inline bool takes_three_consumers(const AttentionProblem& p) {
-  if (padded_dim(p.head_dim) > 64 || p.rng_state != nullptr || p.block_size != 0) return false;
-  const int64_t rows_of_three = 192 * ceil_div(p.seqlen_q, 192), rows_of_two = 128 * ceil_div(p.seqlen_q, 128);
-  return p.causal ? p.seqlen_q >= 4096 : 7 * rows_of_three <= 8 * rows_of_two;
-}
-
-// The last round of tiles, where all have the same work and there are fewer than CTAs: cut along the keys so that every
-// CTA has the same (Stream-K, arXiv 2301.03598, Section 4.3). Their steps follow each other, a tile's after another's,
-// and CTA i takes [i * share, (i + 1) * share) of them, pieces of one tile or of two.
-struct SharedRound {
-  static constexpr int kTile = 128, kFewest = 4;  // queries and keys of a tile; steps of a CTA that are worth a start
-  int tiles = 0, steps = 0, share = 1;            // tiles; steps of one; steps of a CTA
-
-  SharedRound() = default;
-  explicit SharedRound(const AttentionProblem& p) {
-    if (p.causal || p.kv_range != nullptr || p.cu_seqlens_q != nullptr || p.block_size != 0 || takes_three_consumers(p))
-      return;
-    const int64_t ctas = multiprocessors(), left = ceil_div(p.seqlen_q, kTile) * p.heads * p.batch % ctas;
-    if (p.seqlen_k < 16 * kTile || 10 * left > 9 * ctas) return;
-    tiles = static_cast<int>(left), steps = static_cast<int>(ceil_div(p.seqlen_k, kTile));
-    share = static_cast<int>(std::max<int64_t>(kFewest, ceil_div(left * steps, ctas)));
-  }
-
-  int ctas() const { return (tiles * steps + share - 1) / share; }
-  int64_t warps() const {
-    return tiles == 0 ? 0 : (slot(tiles * steps - 1) + 1) * (kTile / 16);
-  }  // that leave something
-
-  // Of the piece with step `at` of all.
-  __host__ __device__ __forceinline__ int slot(int at) const { return at / share + at / steps; }
-  __device__ __forceinline__ CutLine line(int tile) const {
-    CutLine found;
-    found.first_slot = slot(tile * steps);
-    found.pieces = slot(tile * steps + steps - 1) - found.first_slot + 1;
-    return found;
-  }
-};
-
 // The list of query tiles, and which of them a CTA takes. CTAs that stay save their start and hide their ends. Where
 // the work of one CTA is much like that of every other, as in a padded batch, since a CTA's tiles lie in all its
 // sequences, each takes its share; the pieces of a layout go to whoever asks next, and that is late, when the last keys
@@ -107,43 +66,16 @@ struct Schedule {
   int query_tiles, count;
   CausalDeal deal;
   bool dealt;
-  int whole;  // tiles of the rounds before the shared one
-  SharedRound round;
 
   // The i-th tile of this CTA, where there are no tickets.
-  __device__ __forceinline__ int number(int i) const {
-    if (dealt) return deal.number(i);
-    const int number = blockIdx.x + i * gridDim.x, piece = i - whole / static_cast<int>(gridDim.x);
-    if (round.tiles == 0 || number < whole) return number;
-    return piece < 2 ? whole + 2 * blockIdx.x + piece : count;
-  }
+  __device__ __forceinline__ int number(int i) const { return dealt ? deal.number(i) : blockIdx.x + i * gridDim.x; }
 
   // Most work first: the last queries under a causal mask, otherwise the first, the global tokens of many layouts.
   __device__ __forceinline__ ListedWork work(const AttentionProblem& p, int number) const {
     if (p.rows.start != nullptr) return {p, p.rows, p.row_items, query_tiles, p.causal ? count - 1 - number : number};
-    ListedWork one;
-    if (round.tiles > 0 && number >= whole) return shared_work(p, (number - whole) / 2, (number - whole) % 2);
-    one.place = dealt ? deal.place(p, number) : Place(p, number, query_tiles, p.causal);
-    return one;
-  }
-
-  // Of the shared round, what a CTA takes of one tile or of the tile after it.
-  __device__ __forceinline__ ListedWork shared_work(const AttentionProblem& p, int cta, int second) const {
-    ListedWork one;
-    const int begin = cta * round.share, end = min(begin + round.share, round.tiles * round.steps);
-    one.item = begin / round.steps + second;
-    const int first = one.item * round.steps;  // the tile's first step
-    one.piece = {max(begin - first, 0), min(end - first, round.steps)};
-    if (one.piece.first >= one.piece.last) return one;
-    one.place = Place(p, whole + one.item, query_tiles, p.causal);
-    if (round.line(one.item).pieces > 1) one.slot = round.slot(first + one.piece.first);
-    return one;
-  }
-
-  // By a warp where there is a layout.
-  __device__ __forceinline__ CutLine line(const AttentionProblem& p, const ListedWork& work) const {
-    if (p.rows.start != nullptr) return CutLine(p.row_items, work);
-    return work.slot < 0 ? CutLine() : round.line(work.item);
+    ListedWork whole;
+    whole.place = dealt ? deal.place(p, number) : Place(p, number, query_tiles, p.causal);
+    return whole;
   }
 };
 
@@ -155,7 +87,7 @@ struct Planner {
   const Schedule& schedule;
   const ForwardShared<T, Config> shared{ptx::swizzled_shared()};
   const int lane = threadIdx.x % 32;
-  const bool by_ticket = Config::kListed && p.rows.start != nullptr;
+  const bool by_ticket = Config::kListed && p.ticket != nullptr;
   unsigned ready = 0;  // the lanes whose tile has yet to be told of
   int round = 0;
   bool more = true;
@@ -199,8 +131,7 @@ struct Planner {
     ++round;
     ListedWork work;
     if (valid) work = schedule.work(p, number);
-    CutLine line;
-    if constexpr (Config::kListed) line = schedule.line(p, work);
+    const CutLine line = by_ticket ? CutLine(p.row_items, work) : CutLine();
     if (valid && (!by_ticket || lane == 0)) {
       const Place place = work.place;
       const Sequence s = sequence_of(p, place.batch);

@@ -237,7 +237,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     const bool second = lane.col & 2;  // two lanes of a quad write the lse of its two rows
     const int row = lane.row + 8 * second, rows = known.rows - row0;
     const float lse = softmax.lse(second);
-    float* partial = partial_of_warp<Config::kTileQ>(p, done.slot(), row0, partial_out_floats(kDim));
+    float* partial = partial_of_warp(p, done.slot(), row0, partial_out_floats(kDim));
     const bool piece = Config::kListed && done.slot() >= 0;
     if (piece) {
       if (lane.col < 4) partial[16 * kDim + row] = lse;
@@ -265,7 +265,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
     }
     leaving = true;
     ptx::wgmma_wait<0>();
-    if (piece) combine_out_if_last<T, Config::kTileQ, kDim>(p, known, row0);
+    if (piece) combine_out_if_last<T, kDim>(p, known, row0);
   }
   ptx::bulk_wait_read_warp();
 }
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   }
 }
 
-// First launch where there are pieces. The forward kernel starts meanwhile.
+// First launch where there is a layout. The forward kernel starts meanwhile.
 constexpr int kZerosThreads = 256;
 
 __global__ void attention_fwd_zeros(const __grid_constant__ AttentionProblem p) {
@@ -312,21 +312,15 @@ void launch_forward(const AttentionProblem& p) {
   if (units > 0x1FFFFFFF)
     throw std::runtime_error("flash_models: attention_fwd_sm90 takes fewer than 2^29 query tiles; split the batch");
   const int64_t at_once = Config::kCtasPerSm * multiprocessors();
-  const SharedRound round = Config::kTileQ == SharedRound::kTile ? SharedRound(p) : SharedRound();
-  const int64_t whole = units - round.tiles;
-  const int64_t ctas = whole == 0 && round.tiles > 0 ? round.ctas()
-                       : listed || alike             ? std::min(units, at_once)
-                                                     : units;
+  const int64_t ctas = listed || alike ? std::min<int64_t>(units, at_once) : units;
   const CausalDeal deal(query_tiles, p.heads * p.batch, at_once);
   const bool dealt = alike && p.causal;
-  const int64_t count = dealt ? deal.count() : round.tiles > 0 ? whole + 2 * ctas : units;
-  const Schedule schedule{
-      static_cast<int>(query_tiles), static_cast<int>(count), deal, dealt, static_cast<int>(whole), round};
+  const Schedule schedule{static_cast<int>(query_tiles), dealt ? deal.count() : static_cast<int>(units), deal, dealt};
   auto launch_kernel = [&]<bool kEarly>(std::bool_constant<kEarly>) {
     launch<attention_fwd_sm90<T, Config>, Shared::kBytes, kEarly>("attention_fwd_sm90", ctas, Config::kThreads,
                                                                   p.stream, p, maps, schedule);
   };
-  if (p.zeros == 0) return launch_kernel(std::false_type{});
+  if (!listed) return launch_kernel(std::false_type{});
   launch<attention_fwd_zeros, 0>("attention_fwd_zeros", ceil_div(p.zeros, kZerosThreads), kZerosThreads, p.stream, p);
   launch_kernel(std::true_type{});
 }
@@ -335,15 +329,20 @@ void launch_forward(const AttentionProblem& p) {
 
 void attention_fwd_sm90(const AttentionProblem& p) {
   dispatch(p, [&]<typename T, int kDim, bool kDropout>() {
-    constexpr bool kHeld = kDim == 128 && !kDropout;
+    // Three consumers hide each other's waits best, but leave a thread 160 registers, too few for more head dimensions,
+    // and the drawers 32. Their tiles of 192 rows must not cut the sequence badly, and they cut short ones along a
+    // diagonal badly.
+    constexpr bool kThreeFit = kDim <= 64 && !kDropout, kHeld = kDim == 128 && !kDropout;
+    const int64_t rows_of_three = 192 * ceil_div(p.seqlen_q, 192), rows_of_two = 128 * ceil_div(p.seqlen_q, 128);
+    const bool three = p.causal ? p.seqlen_q >= 4096 : 7 * rows_of_three <= 8 * rows_of_two;
     if (p.block_size == 64) {  // a query tile must lie within one block row
       launch_forward<T, ForwardConfig<kDim, 1, 64, kDropout>>(p);
     } else if (kHeld && p.seqlen_k >= 4096) {
       if constexpr (kHeld) launch_forward<T, ForwardConfig<kDim, 2, 128, false, true>>(p);
-    } else if (takes_three_consumers(p)) {
-      if constexpr (kDim <= 64 && !kDropout) launch_forward<T, ForwardConfig<kDim, 3, 128, false>>(p);
-    } else {
+    } else if (!kThreeFit || p.block_size == 128 || !three) {
       launch_forward<T, ForwardConfig<kDim, 2, 128, kDropout>>(p);
+    } else if constexpr (kThreeFit) {
+      launch_forward<T, ForwardConfig<kDim, 3, 128, kDropout>>(p);
     }
   });
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Where pieces of a cut line (ListedWork, blocks.cuh), or of a cut tile (SharedRound, fwd_plan_sm90.cuh), leave their
-// results until they are combined. A slot holds the accumulators of kRows rows, fp32, in the order in which they lie in
-// the lanes of the warps that own 16 rows each:
+// Where pieces of a cut line leave their results (ListedWork, blocks.cuh) until they are combined. A slot holds the
+// accumulators of a block of rows, fp32, in the order in which they lie in the lanes of the warps that own 16 rows
+// each:
 //
 //   forward    [warp][16 x kDim of out, normalised | lse of the 16 rows]
 //   backward   [warp][16 x kDim of dk | 16 x kDim of dv], without their factors
@@ -26,14 +26,13 @@ inline int64_t partial_warps(const AttentionProblem& p, const BlockLists& lists,
   return ListedWork::count(p, lists, work.max_slots) * (p.block_size / 16);
 }
 
-template <int kRows, typename Number>
-__device__ __forceinline__ Number warp_of_slot(Number slot, int row0) {
-  return slot * (kRows / 16) + row0 / 16;
+template <typename Number>
+__device__ __forceinline__ Number warp_of_slot(const AttentionProblem& p, Number slot, int row0) {
+  return slot * (static_cast<int>(p.block_size) / 16) + row0 / 16;
 }
 
-template <int kRows>
 __device__ __forceinline__ float* partial_of_warp(const AttentionProblem& p, int64_t slot, int row0, int of_warp) {
-  return p.partial + warp_of_slot<kRows>(slot, row0) * of_warp;
+  return p.partial + warp_of_slot(p, slot, row0) * of_warp;
 }
 
 template <int kN>
@@ -71,13 +70,12 @@ struct CutLine {
 
   // Whether the warp, which has stored its partial result, is the last one of the line's to come here for these rows.
   // What the others have stored it then may read.
-  template <int kRows>
   __device__ __forceinline__ bool arrive_last(const AttentionProblem& p, int row0) const {
     ptx::await_previous_kernel();  // which sets what is counted to 0
     __threadfence();
     __syncwarp();
     int before = 0;
-    if (threadIdx.x % 32 == 0) before = atomicAdd(p.ticket + 1 + warp_of_slot<kRows>(first_slot, row0), 1);
+    if (threadIdx.x % 32 == 0) before = atomicAdd(p.ticket + 1 + warp_of_slot(p, first_slot, row0), 1);
     const bool last = __shfl_sync(~0u, before, 0) == pieces - 1;
     if (last) __threadfence();
     return last;
@@ -86,13 +84,13 @@ struct CutLine {
 
 // What all pieces left, by the warp that is the last to leave its own: out and lse of its 16 rows, each piece weighted
 // by exp(lse - lse of all).
-template <typename T, int kRows, int kDim, typename Note>
+template <typename T, int kDim, typename Note>
 __device__ __forceinline__ void combine_out_if_last(const AttentionProblem& p, const Note& note, int row0) {
   const CutLine line = note.line;
-  if (!line.template arrive_last<kRows>(p, row0)) return;
+  if (!line.arrive_last(p, row0)) return;
   const Lane lane{ptx::lane_id()};
-  const float* partial = partial_of_warp<kRows>(p, line.first_slot, row0, partial_out_floats(kDim));
-  constexpr int64_t stride = kRows / 16 * partial_out_floats(kDim);
+  const float* partial = partial_of_warp(p, line.first_slot, row0, partial_out_floats(kDim));
+  const int64_t stride = p.block_size / 16 * partial_out_floats(kDim);
   auto lse_of = [&](int i, int half) { return partial[i * stride + 16 * kDim + lane.row + 8 * half]; };
   float top[2] = {-INFINITY, -INFINITY};
 #pragma unroll 1
@@ -128,14 +126,14 @@ __device__ __forceinline__ void combine_out_if_last(const AttentionProblem& p, c
 }
 
 // The same in the backward pass: dk and dv of 16 keys, sums.
-template <typename T, int kRows, int kDim, typename Note>
+template <typename T, int kDim, typename Note>
 __device__ __forceinline__ void combine_keys_if_last(const AttentionProblem& p, const AttentionGradients& g,
                                                      const Note& note, int row0) {
   const CutLine line = note.line;
-  if (!line.template arrive_last<kRows>(p, row0)) return;
+  if (!line.arrive_last(p, row0)) return;
   const Lane lane{ptx::lane_id()};
-  const float* partial = partial_of_warp<kRows>(p, line.first_slot, row0, partial_dkv_floats(kDim));
-  constexpr int stride = kRows / 16 * partial_dkv_floats(kDim);
+  const float* partial = partial_of_warp(p, line.first_slot, row0, partial_dkv_floats(kDim));
+  const int stride = static_cast<int>(p.block_size) / 16 * partial_dkv_floats(kDim);
 #pragma unroll 1
   for (int n0 = 0; n0 < 2 * kDim / 8; n0 += 4) {
     float x[1][4][4] = {};
