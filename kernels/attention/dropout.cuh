@@ -37,23 +37,23 @@ struct KeepBits {
   }
 };
 
-// The same for 16 queries and fragments that were rounded to 16 bits, as A operands: half the work. Bit 7 - n % 4 of
-// byte i of word n / 4 is element i's of fragment n.
+// The same for 16 queries and fragments that were rounded to 16 bits, as A operands: half the work. Bit 7 - n % 8 of
+// byte i of word n / 8 is element i's of fragment n.
 template <int kN>
 struct KeepPacked {
-  static_assert(kN % 4 == 0);
-  uint32_t word[kN / 4];
+  static_assert(kN % 8 == 0);
+  uint32_t word[kN / 8];
 
-  // From the words of the 32 queries that these 16 are the upper or the lower half of.
-  __device__ __forceinline__ void select(bool lower) {
-#pragma unroll
-    for (uint32_t& patch : word) patch <<= 4 * lower;
+  // The words of the upper and the lower 16 queries of 32, for the 64 keys of two patches.
+  static __device__ __forceinline__ void split(const uint32_t (&patches)[2], uint32_t (&words)[2]) {
+    words[0] = (patches[0] & 0xF0F0F0F0u) | (patches[1] >> 4 & 0x0F0F0F0Fu);
+    words[1] = (patches[0] << 4 & 0xF0F0F0F0u) | (patches[1] & 0x0F0F0F0Fu);
   }
 
   __device__ __forceinline__ void drop(uint32_t (&a)[kN / 2][4]) const {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      const uint32_t signs = word[n / 4] << n % 4;
+      const uint32_t signs = word[n / 8] << n % 8;
       a[n / 2][2 * (n % 2)] &= ptx::byte_signs<0x9988>(signs);
       a[n / 2][2 * (n % 2) + 1] &= ptx::byte_signs<0xBBAA>(signs);
     }

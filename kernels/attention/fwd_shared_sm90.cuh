@@ -63,7 +63,7 @@ struct ForwardShared {
   using Query = PanelTile<T, Config::kTileQ, Config::kDim>;
   using Key = PanelTile<T, Config::kTileK, Config::kDim>;
   using Rows = PanelTile<T, 16, Config::kDim>;  // of out, as a warp writes them
-  using Kept = KeptBits<4 * Config::kWarpgroups, Config::kTileQ / 32, Config::kTileK / 32, 2>;
+  using Kept = KeptBits<4 * Config::kWarpgroups, 4 * Config::kWarpgroups, Config::kTileK / 64, 2>;
   static constexpr int kKept = kTileStages * Query::kBytes + 2 * kStages * Key::kBytes;
   static constexpr int kBarriers = kKept + (Config::kDropout ? Kept::kBytes : 0);
   using TileRing = RingBarriers<kTileStages>;  // full: the note of the tile is there, its Q by q_full

@@ -43,10 +43,15 @@ struct Drawer {
   Ring<2> drawn;
 
   __device__ __forceinline__ void operator()(const Dropout& dropout, int tile, int first_key) {
-    constexpr int kRows = Config::kTileQ / 32, kColumns = Config::kTileK / 32;
-    shared.kept().template fill<kRows, kColumns>(drawn, [&](int row, int column) {  // 32 queries x 32 keys
-      shared.kept().word(drawn.stage, row, column, lane) =
-          dropout.kept(tile * kRows + row, first_key / 32 + column, lane);
+    constexpr int kRows = Config::kTileQ / 32, kColumns = Config::kTileK / 64;
+    shared.kept().template fill<kRows, kColumns>(drawn, [&](int row, int column) {  // 32 queries x 64 keys
+      const int row_patch = tile * kRows + row, col_patch = first_key / 32 + 2 * column;
+      const uint32_t patches[2] = {dropout.kept(row_patch, col_patch, lane),
+                                   dropout.kept(row_patch, col_patch + 1, lane)};
+      uint32_t words[2];
+      KeepPacked<8>::split(patches, words);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) shared.kept().word(drawn.stage, 2 * row + half, column, lane) = words[half];
     });
   }
 };
@@ -185,10 +190,7 @@ __device__ __forceinline__ void consume(const AttentionProblem& p, const Forward
       shared.tile_ring().release(finished);
     };
     auto take_keep = [&] {
-      if constexpr (kDropout) {
-        shared.kept().take(drawn, row0 / 32, lane.id, keep.word);
-        keep.select(row0 & 16);
-      }
+      if constexpr (kDropout) shared.kept().take(drawn, row0 / 16, lane.id, keep.word);
     };
 
     if (note.walks()) {
