@@ -143,16 +143,14 @@ def measure(case, device):
             *tensors, gradient = (t.detach().transpose(1, 2).contiguous() for t in (*inputs, dout))
             tensors = [t.requires_grad_() for t in tensors]
         try:
-            out = fn(*tensors)
-            backward[name] = partial(torch.autograd.grad, out, tensors, gradient, retain_graph=True)
-            backward[name]()
+            gradients = partial(torch.autograd.grad, fn(*tensors), tensors, gradient, retain_graph=True)
+            gradients()
         except RuntimeError as refusal:
             if name == "flash_models":
                 raise
             print(f"{name} does not take {case}: {str(refusal).splitlines()[0]}", file=sys.stderr)
-            backward.pop(name, None)
             continue
-        forward[name] = partial(fn, *tensors)
+        forward[name], backward[name] = partial(fn, *tensors), gradients
     for row, calls, flop in zip(rows, (forward, backward), (case.flop(density), 2.5 * case.flop(density)), strict=True):
         for name, ms in milliseconds(calls, device).items():
             row[f"{name}_ms"] = round(ms, 4)

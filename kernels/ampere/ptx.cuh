@@ -10,6 +10,13 @@
 
 namespace flash_models::ptx {
 
+// An instruction without operands that earlier GPUs do without.
+#if __CUDA_ARCH__ >= 900
+#define FM_FROM_SM90(instruction) asm volatile(instruction::: "memory")
+#else
+#define FM_FROM_SM90(instruction)
+#endif
+
 // Address of the dynamic shared memory of this launch, in the shared state space.
 __device__ __forceinline__ uint32_t dynamic_shared() {
   extern __shared__ __align__(128) uint8_t shared[];
@@ -19,18 +26,10 @@ __device__ __forceinline__ uint32_t dynamic_shared() {
 // "Parallel Synchronization: griddepcontrol". For a kernel that was launched early, by all of its CTAs: returns once
 // the kernel before it has ended and what it wrote can be read. A CTA that left without it would let the kernel after
 // this one begin while the one before is at work.
-__device__ __forceinline__ void await_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void await_previous_kernel() { FM_FROM_SM90("griddepcontrol.wait;"); }
 
 // The same, for the kernel before: the next one may begin where there is room, once all CTAs have said so.
-__device__ __forceinline__ void let_next_kernel_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void let_next_kernel_begin() { FM_FROM_SM90("griddepcontrol.launch_dependents;"); }
 
 // This thread's lane, read once: from a plain threadIdx.x the compiler reads the special register again at every use,
 // which waits behind all that is under way to memory.
@@ -42,22 +41,10 @@ __device__ __forceinline__ int lane_id() {
 
 // "Parallel Synchronization: barrier.cluster". By all threads of a cluster that have not ended. Who has waited may read
 // what the others wrote to its shared memory before they arrived. Blocks in clusters need compute capability 9.0.
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void cluster_arrive() { FM_FROM_SM90("barrier.cluster.arrive.aligned;"); }
 // The same where nothing has been written, at the start: the others wait until this block's shared memory is there.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void cluster_arrive_relaxed() { FM_FROM_SM90("barrier.cluster.arrive.relaxed.aligned;"); }
+__device__ __forceinline__ void cluster_wait() { FM_FROM_SM90("barrier.cluster.wait.aligned;"); }
 
 // "Data Movement: mapa, st". Writes to this address of the shared memory of block `rank` of the cluster.
 __device__ __forceinline__ void store_to_cluster(uint32_t shared, int rank, float x) {
@@ -191,5 +178,7 @@ __device__ __forceinline__ void load_fragment(const float* fragment, int lane, f
 #endif
   }
 }
+
+#undef FM_FROM_SM90
 
 }  // namespace flash_models::ptx
